@@ -1,0 +1,34 @@
+# `make demo` and `make test` do all the set-up on a fresh clone; `make install` is the set-up alone.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+TORCH  ?= torch==2.13.0
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: install demo test lint bench clean
+
+install: $(VENV)/.installed
+
+# torch comes first and alone, so that nothing below pulls another build of it.
+$(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip "setuptools>=77" wheel
+	$(BIN)/pip install -q $(TORCH)
+	$(BIN)/pip install -q numpy triton "pybind11>=2.13" "cmake>=3.25" ninja
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q --no-build-isolation -e ".[train,dev,bench]"
+	touch $@
+
+demo: install
+	$(BIN)/effkern demo
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf build dist *.egg-info effkern/*.so $(VENV)/.installed

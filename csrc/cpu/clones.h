@@ -1,0 +1,13 @@
+// One function, several instruction sets, chosen at load time by the CPU.
+#pragma once
+
+#if defined(EFFKERN_CPU_CLONE)
+// Test builds pin a single clone, so that each is run against the reference.
+#define EFFKERN_CLONES __attribute__((target("arch=" EFFKERN_CPU_CLONE)))
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define EFFKERN_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define EFFKERN_CLONES
+#endif
+
+#define EFFKERN_INLINE inline __attribute__((always_inline))

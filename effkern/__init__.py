@@ -1,0 +1,25 @@
+"""effkern: methods that make large-model training cheaper, as fast torch ops with plain-PyTorch oracles."""
+
+from importlib import import_module
+from typing import Any
+
+from effkern.ops.distill import DistillResult, DistillStats, TeacherHidden, TeacherLogits, linear_distill_loss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DistillResult",
+    "DistillStats",
+    "TeacherHidden",
+    "TeacherLogits",
+    "__version__",
+    "linear_distill_loss",
+    "nn",
+    "optim",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("nn", "optim", "models", "data", "train", "integrations"):
+        return import_module(f"effkern.{name}")
+    raise AttributeError(f"module 'effkern' has no attribute {name!r}")

@@ -1,0 +1,49 @@
+"""The compiled modules: what was built, whether it loads, and what this CPU will run of it.
+
+`effkern._C` and `effkern._C_cuda` only add kernels to operators that Python defines, so a missing module
+costs speed and never a feature (`EFFKERN_PURE=1` installs without them).
+"""
+
+import os
+import platform
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+
+CPU_CLONES = ("x86-64-v4", "x86-64-v3", "default")
+CUDA_ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
+
+
+@cache
+def missing(module: str) -> str | None:
+    """Import `effkern.<module>`; None if it works, else the reason why it does not, as one sentence."""
+    if find_spec(f"effkern.{module}") is None:
+        return f"effkern.{module} was not built"
+    if module == "_C_cuda" and torch.version.cuda is None:
+        return "this torch has no CUDA"
+    try:
+        import_module(f"effkern.{module}")
+    except (ImportError, OSError) as error:
+        return f"effkern.{module} does not load: {error}"
+    return None
+
+
+@cache
+def triton_missing() -> str | None:
+    """None if Triton can be imported, else the reason."""
+    return None if find_spec("triton") else "triton is not installed"
+
+
+def cpu_clone() -> str:
+    """The clone of the CPU kernels that the loader picks on this machine."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return "default"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}.get(capability, "default")
+
+
+def triton_interprets() -> bool:
+    """True where Triton kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

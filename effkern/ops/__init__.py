@@ -1,0 +1,1 @@
+"""Drop-in torch ops, one folder each (api, schema, reference, triton)."""

@@ -1,0 +1,1 @@
+"""Optimizers over the ops; none yet."""
