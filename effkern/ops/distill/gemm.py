@@ -1,0 +1,59 @@
+"""The matrix products around the row pass, as the vendor library does them best.
+
+    C rows of a chunk, V vocabulary, D hidden size
+
+Logits are always accumulated and stored in float32 (float64 for float64 inputs). CUDA libraries write float32
+from half-precision inputs; CPU libraries do not, so there the weight is widened one vocabulary tile at a time.
+"""
+
+import torch
+from torch import Tensor
+
+# Columns of logits per product on the CPU: a tile of the weight and of the logits stay in cache, which is worth
+# 20% over one wide product at 256 rows (python -m benchmarks.ops.distill --tiles).
+CPU_TILE = 2000
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for float32 and below, float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def logits(out_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor) -> None:
+    """out = hidden weight^T, rounded to no less than float32."""
+    acc = out_CV.dtype
+    if hidden_CD.is_cuda:
+        if hidden_CD.dtype == acc:
+            torch.mm(hidden_CD, weight_VD.t(), out=out_CV)
+        else:
+            torch.mm(hidden_CD, weight_VD.t(), out_dtype=acc, out=out_CV)
+        return
+    hidden_CD = hidden_CD.to(acc)
+    for v in range(0, out_CV.shape[1], CPU_TILE):
+        tile = weight_VD[v : v + CPU_TILE].to(acc)
+        torch.mm(hidden_CD, tile.t(), out=out_CV[:, v : v + CPU_TILE])
+
+
+def hidden_grad(grad_CV: Tensor, weight_VD: Tensor, out_CD: Tensor) -> None:
+    """out = grad weight, rounded once."""
+    torch.mm(grad_CV, weight_VD, out=out_CD)
+
+
+def add_weight_grad(total_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor, first: bool) -> None:
+    """total (+)= grad^T hidden; `total` is float32 (float64) whatever the inputs are, and is unread if `first`."""
+    acc = total_VD.dtype
+    if hidden_CD.dtype == acc:
+        if first:
+            torch.mm(grad_CV.t(), hidden_CD, out=total_VD)
+        else:
+            total_VD.addmm_(grad_CV.t(), hidden_CD)
+    elif hidden_CD.is_cuda:
+        if first:
+            torch.mm(grad_CV.t(), hidden_CD, out_dtype=acc, out=total_VD)
+        else:
+            torch.addmm(total_VD, grad_CV.t(), hidden_CD, out_dtype=acc, out=total_VD)
+    else:
+        for v in range(0, total_VD.shape[0], CPU_TILE):
+            part = torch.mm(grad_CV[:, v : v + CPU_TILE].t(), hidden_CD)
+            rows = total_VD[v : v + CPU_TILE]
+            rows.copy_(part) if first else rows.add_(part)

@@ -1,0 +1,51 @@
+"""The row pass: from a chunk of logits to its statistics and its logit gradient, in place.
+
+    R rows of the chunk, V vocabulary (entries below vocab_valid only)
+
+Every implementation has the signature of `reference_rows`. One row pass serves one class of divergences
+(how many passes over the logits the gradient needs); the divergence itself is one formula in each backend.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from effkern.ops.distill import reference
+
+DIVERGENCES = ("forward_kl",)
+
+
+class RowOptions(NamedTuple):
+    """The scalars of the loss, as the kernels take them."""
+
+    divergence: str = "forward_kl"
+    temperature: float = 1.0
+    teacher_temperature: float = 1.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    ignore_index: int = -100
+
+
+def reference_rows(
+    logits_RV: Tensor,
+    teacher_RV: Tensor | None,
+    bias_V: Tensor | None,
+    labels_R: Tensor,
+    scale_R: Tensor,
+    omega_R: Tensor,
+    stats_SR: Tensor,
+    grad_dtype: torch.dtype | None,
+    options: RowOptions,
+) -> Tensor | None:
+    """Fill `stats_SR`; return d(sum scale * loss)/d(raw logits) as `grad_dtype`, or None where that is None.
+
+    The gradient may live in the memory of `logits_RV`. This is the plain PyTorch pass.
+    """
+    args = (logits_RV, teacher_RV, bias_V, labels_R, omega_R, options)
+    stats_SR.copy_(reference.row_stats(*args))
+    if grad_dtype is None:
+        return None
+    return (scale_R[:, None] * reference.row_grad(*args)).to(grad_dtype)
