@@ -29,11 +29,12 @@ def build() -> Path:
     """Path of the module; incremental, with the same CMakeLists.txt as the installation."""
     folder = ROOT / "build" / "cuda"
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    for command in (
+    commands: list[list[str | Path]] = [
         ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
          f"-DEFFKERN_OUTPUT_DIR={folder / 'out'}", "-DEFFKERN_DATA=OFF"],
         ["cmake", "--build", folder, "--target", "_C_cuda"],
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for command in commands:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder / "out" / "_C_cuda.abi3.so"

@@ -24,7 +24,10 @@ def cuobjdump() -> str | None:
 
 
 def read_usage(binary: Path) -> Usage:
-    """What every kernel in a cubin or in the fat binary of a shared library takes. Stack: spills and local arrays."""
+    """What every kernel in a shared library's fat binary takes; a single cubin is listed under "".
+
+    Stack counts spills and local arrays.
+    """
     tool = cuobjdump()
     assert tool is not None
     text = subprocess.run(
@@ -37,12 +40,15 @@ def read_usage(binary: Path) -> Usage:
     for line in text.splitlines():
         if match := re.match(r"arch = (\w+)", line):
             architecture = match[1]
-            usage.setdefault(architecture, {})
         elif match := re.match(r" Function (?:void )?(.+):$", line):
             kernel = match[1]
         elif match := re.match(r"  REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
             registers, stack, shared, local = map(int, match.groups())
-            usage[architecture][kernel] = {"registers": registers, "stack": stack + local, "shared": shared}
+            usage.setdefault(architecture, {})[kernel] = {
+                "registers": registers,
+                "stack": stack + local,
+                "shared": shared,
+            }
     return usage
 
 

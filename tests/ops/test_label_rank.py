@@ -67,7 +67,8 @@ def check(logits: Tensor, labels: Tensor, impl: str, vocab_valid: int | None = N
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_against_float64(shape, dtype, impl, device):
     skip_unless_available(impl, device)
-    check(*make(*shape, dtype, device), impl)
+    num_rows, vocab = shape
+    check(*make(num_rows, vocab, dtype, device), impl)
 
 
 @pytest.mark.parametrize(("impl", "device"), IMPLS)
