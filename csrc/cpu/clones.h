@@ -11,3 +11,5 @@
 #endif
 
 #define EFFKERN_INLINE inline __attribute__((always_inline))
+// A lambda that takes on the instruction set of the function around it.
+#define EFFKERN_LAMBDA __attribute__((always_inline))

@@ -1,0 +1,73 @@
+// exp and tanh as plain arithmetic, so that a loop over lanes becomes vector code in every clone.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "clones.h"
+
+namespace effkern {
+
+EFFKERN_INLINE float bits_to_float(int32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+EFFKERN_INLINE int32_t float_to_bits(float value) {
+  int32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// exp(x) for x <= 88, relative error below 2e-7; 0 below -87.3, NaN for NaN.
+// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2; exp(r) = 1 + r + r^2 P(r) with P fitted to the
+// smallest relative error, 3e-9.
+EFFKERN_INLINE float fast_exp(float x) {
+  const float low = -87.33654f;
+  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits; 127 is the exponent's bias.
+  const float shift = 12582912.0f + 127.0f;
+  // Comparisons are written so that NaN passes through.
+  const float bounded = x < low ? low : x;
+  const float rounded = bounded * 1.44269504f + shift;
+  const float n = rounded - shift;
+  // ln 2 in two parts: the first has so few bits that n * part is exact.
+  float r = bounded - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  float p = 1.38144672e-3f;
+  p = p * r + 8.36878084e-3f;
+  p = p * r + 4.16683927e-2f;
+  p = p * r + 1.66665196e-1f;
+  p = p * r + 4.9999994e-1f;
+  p = p * r * r + r;
+  // Unsigned, as NaN leaves any bits here.
+  const float scale = bits_to_float(static_cast<int32_t>(static_cast<uint32_t>(float_to_bits(rounded)) << 23));
+  return x < low ? 0.0f : p * scale + scale;
+}
+
+// tanh(x), absolute error below 2e-7, relative below 4e-7; +-1 at +-inf, NaN for NaN.
+EFFKERN_INLINE float fast_tanh(float x) {
+  float square = x * x;
+  float p = 0.021869488f;
+  p = p * square - 0.053968254f;
+  p = p * square + 0.13333333f;
+  p = p * square - 0.33333333f;
+  float small = x + x * square * p;
+  // Beyond 10, tanh is 1 in float.
+  float bounded = x > 10.0f ? 10.0f : x;
+  float large = 1.0f - 2.0f / (fast_exp(2.0f * bounded) + 1.0f);
+  return (x < 0.3f) & (x > -0.3f) ? small : large;
+}
+
+// Round to nearest even; NaN stays NaN.
+EFFKERN_INLINE uint16_t to_bfloat16(float value) {
+  uint32_t bits = static_cast<uint32_t>(float_to_bits(value));
+  uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>(value != value ? 0x7FC0u : rounded);
+}
+
+EFFKERN_INLINE float from_bfloat16(uint16_t value) {
+  return bits_to_float(static_cast<int32_t>(static_cast<uint32_t>(value) << 16));
+}
+
+}  // namespace effkern
