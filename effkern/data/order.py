@@ -64,7 +64,7 @@ class BatchOrder:
     Raises:
         ValueError: a size is out of range, or the split is too small for one batch.
 
-    Memory: O(1). Time a batch: its copy, and a few microseconds.
+    Memory: O(1). Time a batch: its copy, and well below a millisecond.
     """
 
     def __init__(
