@@ -84,8 +84,7 @@ EFFKERN_INLINE void row(const Args<T>& args, int64_t r) {
       const float scale = effkern::fast_exp(max - block_max);
       for (int lane = 0; lane < kLanes; ++lane) sums[lane] *= scale;
       max = block_max;
-      // An infinite maximum must not be subtracted: inf - inf is NaN.
-      origin = max == kInf ? 0 : max;
+      origin = max;
     }
     for (int i = 0; i < count; i += kLanes)
       for (int lane = 0; lane < kLanes; ++lane) sums[lane] += effkern::fast_exp(z[i + lane] - origin);
@@ -93,7 +92,14 @@ EFFKERN_INLINE void row(const Args<T>& args, int64_t r) {
 
   float sum = 0;
   for (int lane = 0; lane < kLanes; ++lane) sum += sums[lane];
-  const float log_sum = std::log(sum);
+  float log_sum = std::log(sum);
+  if (max == kInf) {
+    // inf - inf has made the sum NaN; the row's is inf, unless a logit is NaN.
+    bool has_nan = false;
+    for (int64_t i = 0; i < args.vocab; ++i) has_nan |= std::isnan(effkern::widen(logits[i]));
+    origin = 0;
+    log_sum = has_nan ? std::numeric_limits<float>::quiet_NaN() : kInf;
+  }
   args.lse[r] = origin + log_sum;
   args.label_logit[r] = label_logit;
   // Not lse - z_y: around large logits the rounding of lse would stay in the loss.
