@@ -1,0 +1,81 @@
+"""The decoder's shape, as data."""
+
+from dataclasses import dataclass
+
+from effkern.models.parts import MLPS, RESIDUALS, STACKS
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and parts of a decoder. Every rule is checked when it is made.
+
+    `residual`, `mlp` and `stack` name entries of the registries in effkern.models.parts; a new kind of block is
+    added by registering it there.
+    """
+
+    vocab_size: int = 4096
+    """Number of tokens of the tokenizer."""
+    hidden_size: int = 192
+    num_layers: int = 6
+    num_heads: int = 6
+    num_kv_heads: int = 6
+    """Divides num_heads; smaller is grouped-query attention."""
+    mlp_size: int = 512
+    max_seq_len: int = 256
+    """Longest sequence, prompt and generated tokens together."""
+    head_dim: int = 0
+    """0: hidden_size / num_heads."""
+    vocab_multiple: int = 1
+    """The head is padded up to a multiple of this; the padding never gets probability."""
+    tie_head: bool = True
+    """The output head is the embedding."""
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+    """Of the embedding; projections use 1/sqrt(inputs), divided by sqrt(2 num_layers) where they end a branch."""
+    residual: str = "add"
+    mlp: str = "swiglu"
+    stack: str = "plain"
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "mlp_size",
+            "max_seq_len",
+            "vocab_multiple",
+        ):
+            self._require(name, getattr(self, name) >= 1, "be at least 1")
+        self._require("head_dim", self.head_dim >= 0, "be at least 0")
+        self._require("num_kv_heads", self.num_heads % self.num_kv_heads == 0, f"divide num_heads={self.num_heads}")
+        if self.head_dim == 0:
+            self._require(
+                "hidden_size", self.hidden_size % self.num_heads == 0, f"be a multiple of num_heads={self.num_heads}"
+            )
+        if self.head_size % 2:
+            raise ValueError(f"DecoderConfig: head_dim must be even for rotary positions, got {self.head_size}")
+        for name in ("rope_theta", "norm_eps", "init_std"):
+            self._require(name, getattr(self, name) > 0, "be positive")
+        self._check_parts()
+
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise ValueError(f"DecoderConfig: {name} must {rule}, got {getattr(self, name)!r}")
+
+    def _check_parts(self) -> None:
+        for name, registry in (("residual", RESIDUALS), ("mlp", MLPS), ("stack", STACKS)):
+            known: list[str] = sorted(registry)
+            self._require(name, getattr(self, name) in known, f"be one of {known}")
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding and of the head."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple

@@ -1,0 +1,91 @@
+"""Sampling from a decoder."""
+
+import torch
+from torch import Tensor
+
+from effkern.models.decoder import Decoder
+
+
+def _filter_logits(logits_BV: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """-inf outside the top_k largest, then outside the smallest set of most likely tokens with mass >= top_p."""
+    if top_k is not None and top_k < logits_BV.shape[-1]:
+        kth = logits_BV.topk(top_k, dim=-1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < kth, -torch.inf)
+    if top_p is not None and top_p < 1:
+        ordered, ids = logits_BV.sort(dim=-1, descending=True, stable=True)
+        probs = ordered.softmax(-1)
+        beyond = probs.cumsum(-1) - probs >= top_p
+        logits_BV = logits_BV.masked_fill(beyond.scatter(-1, ids, beyond), -torch.inf)
+    return logits_BV
+
+
+def _draw(logits_BV: Tensor, generator: torch.Generator) -> Tensor:
+    """One token per row by inverse CDF. The uniforms are drawn on the CPU: a seed means the same on every device."""
+    cdf = logits_BV.double().softmax(-1).cumsum(-1)
+    uniform = torch.rand(len(cdf), 1, generator=generator, dtype=torch.float64).to(cdf.device)
+    # Scaling by the last entry keeps the draw inside the support when the sum rounds below one.
+    return torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True).clamp_max(logits_BV.shape[-1] - 1)
+
+
+@torch.no_grad()
+def generate(
+    model: Decoder,
+    tokens_BT: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    eos: int | None = None,
+    use_cache: bool = True,
+) -> Tensor:
+    """Continue every row of `tokens_BT`.
+
+    Args:
+        model: decoder; its mode and weights are left alone.
+        tokens_BT: prompts of equal length, int64 [B, T], T >= 1.
+        max_new_tokens: at most this many are added; fewer when every row has ended.
+        temperature: 0 takes the most likely token; otherwise logits / temperature are sampled.
+        top_k: keep the k most likely tokens. top_p: then keep the most likely tokens up to this mass.
+        seed: of the draws; the same seed gives the same tokens.
+        eos: a row that has produced it is filled with it.
+        use_cache: False recomputes every position (the same tokens, slower).
+
+    Returns:
+        int64 [B, T + new].
+
+    Raises:
+        ValueError: an argument is out of range, or prompt + max_new_tokens exceeds max_seq_len.
+    """
+    if tokens_BT.dim() != 2 or tokens_BT.shape[1] < 1:
+        raise ValueError(f"generate: tokens_BT must have shape [B, T] with T >= 1, got {tuple(tokens_BT.shape)}")
+    if max_new_tokens < 0:
+        raise ValueError(f"generate: max_new_tokens must be at least 0, got {max_new_tokens}")
+    total, limit = tokens_BT.shape[1] + max_new_tokens, model.config.max_seq_len
+    if total > limit:
+        raise ValueError(f"generate: prompt + max_new_tokens must be at most max_seq_len={limit}, got {total}")
+    if temperature < 0:
+        raise ValueError(f"generate: temperature must be at least 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"generate: top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}")
+
+    generator = torch.Generator().manual_seed(seed)
+    cache = model.new_cache(len(tokens_BT), total) if use_cache else None
+    ended = torch.zeros(len(tokens_BT), 1, dtype=torch.bool, device=tokens_BT.device)
+    fresh = tokens_BT
+    for _ in range(max_new_tokens):
+        logits_BV = model.logits(model(tokens_BT if cache is None else fresh, cache)[:, -1])
+        if temperature == 0:
+            fresh = logits_BV.argmax(-1, keepdim=True)
+        else:
+            fresh = _draw(_filter_logits(logits_BV / temperature, top_k, top_p), generator)
+        if eos is not None:
+            fresh = torch.where(ended, torch.full_like(fresh, eos), fresh)
+            ended = ended | (fresh == eos)
+        tokens_BT = torch.cat((tokens_BT, fresh), dim=1)
+        if eos is not None and bool(ended.all()):
+            break
+    return tokens_BT
