@@ -102,7 +102,7 @@ def run(
     acc = gemm.accumulator_dtype(dtype)
     need_hidden, need_weight, need_bias = needs
     grad_dtype = dtype if any(needs) else None
-    bias_V = None if x.bias_V is None else x.bias_V[:vocab]
+    bias_V = None if x.bias_V is None else x.bias_V[:vocab].to(acc)
     kept_N = (x.labels_N != options.ignore_index)[:, None]
 
     stats_SN = torch.zeros(NUM_STATS, num_rows, dtype=acc, device=x.hidden_ND.device)

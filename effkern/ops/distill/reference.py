@@ -56,7 +56,8 @@ def row_stats(
     log_q = torch.log_softmax(z / options.temperature, -1)
     q = log_q.exp()
     hit = (z.gather(1, y).squeeze(1) >= z.amax(-1)).to(acc)
-    entropy = -torch.where(q > 0, q * log_q, 0.0).sum(-1)
+    # Detached: the (zero) gradient of a masked entry would be 0 * -inf.
+    entropy = -torch.where(q > 0, q * log_q, 0.0).sum(-1).detach()
 
     if u is None:
         kd = teacher_lse = log_p_y = teacher_entropy = teacher_hit = zero
