@@ -1,0 +1,186 @@
+"""What a training run is, as data. Every rule that needs no other section is checked when a section is made."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from effkern.models import DecoderConfig
+
+
+def _require(section: str, name: str, holds: bool, rule: str, value: Any) -> None:
+    if not holds:
+        raise ValueError(f"{section}.{name} must {rule}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The small model that stage 1 learns from."""
+
+    checkpoint: str = ""
+    """A run directory (its newest checkpoint) or one step directory. Its tokenizer must be the student's."""
+    temperature: float = 1.0
+    """Divides the teacher's logits; below 1 sharpens."""
+    student_temperature: float = 1.0
+    """Divides the student's logits in the distillation term."""
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "student_temperature"):
+            _require("teacher", name, getattr(self, name) > 0, "be positive", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The packed dataset and how it is cut into steps."""
+
+    path: str = "data/stdlib"
+    """Directory made by `effkern data build`."""
+    seq_len: int = 128
+    batch_size: int = 16
+    """Sequences of one optimizer step."""
+    micro_batch_size: int = 0
+    """Sequences of one forward pass; 0 is batch_size. Smaller: gradient accumulation, the same loss."""
+    seed: int = 0
+    """Of the data order, which is a function of (seed, step)."""
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "batch_size"):
+            _require("data", name, getattr(self, name) >= 1, "be at least 1", getattr(self, name))
+        ok = self.micro_batch_size == 0 or (self.micro_batch_size > 0 and self.batch_size % self.micro_batch_size == 0)
+        _require("data", "micro_batch_size", ok, f"be 0 or divide batch_size={self.batch_size}", self.micro_batch_size)
+
+    @property
+    def micro_rows(self) -> int:
+        return self.micro_batch_size or self.batch_size
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and a cosine to lr * min_lr_ratio. No restart at the switch of stages."""
+
+    lr: float = 1e-3
+    min_lr_ratio: float = 0.1
+    warmup_steps: int = 20
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Of matrices; the embedding and 1-d parameters have none."""
+    clip_norm: float = 1.0
+    """Largest norm of the whole gradient; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps"):
+            _require("optimizer", name, getattr(self, name) > 0, "be positive", getattr(self, name))
+        for name in ("beta1", "beta2"):
+            _require("optimizer", name, 0 <= getattr(self, name) < 1, "be in [0, 1)", getattr(self, name))
+        for name in ("warmup_steps", "weight_decay", "clip_norm"):
+            _require("optimizer", name, getattr(self, name) >= 0, "be at least 0", getattr(self, name))
+        _require("optimizer", "min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "be in [0, 1]", self.min_lr_ratio)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Length of the run and the distillation weight over it (effkern.train.schedules)."""
+
+    steps: int = 500
+    mode: Literal["baseline", "salt", "rkd"] = "baseline"
+    """baseline: no teacher; salt: teacher for the first kd_steps; rkd: teacher throughout."""
+    transition: Literal["step", "linear", "linear_ratio"] = "step"
+    omega: float = 0.5
+    """Distillation weight at the start, in [0, 1]."""
+    kd_steps: int = 0
+    """salt: the first step without teacher (n_KD; n2 of the linear transitions)."""
+    decay_start: int = 0
+    """linear, linear_ratio: the step where omega begins to fall (n1)."""
+
+    def __post_init__(self) -> None:
+        _require("schedule", "steps", self.steps >= 1, "be at least 1", self.steps)
+        _require("schedule", "mode", self.mode in ("baseline", "salt", "rkd"), "be baseline, salt or rkd", self.mode)
+        known = ("step", "linear", "linear_ratio")
+        _require("schedule", "transition", self.transition in known, f"be one of {known}", self.transition)
+        _require("schedule", "omega", 0 <= self.omega <= 1, "be in [0, 1]", self.omega)
+        if self.transition == "linear_ratio":
+            _require("schedule", "omega", self.omega < 1, "be below 1 for linear_ratio", self.omega)
+        if self.mode == "salt":
+            _require(
+                "schedule",
+                "kd_steps",
+                1 <= self.kd_steps <= self.steps,
+                f"be in [1, steps={self.steps}]",
+                self.kd_steps,
+            )
+            if self.transition != "step":
+                ok = 0 <= self.decay_start < self.kd_steps
+                _require("schedule", "decay_start", ok, f"be in [0, kd_steps={self.kd_steps})", self.decay_start)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where and how the run happens. Only seed, device, precision, threads and compile can change its numbers."""
+
+    out: str = "runs/train"
+    seed: int = 0
+    """Of the initial weights."""
+    device: str = "auto"
+    """auto: cuda if there is one, else cpu."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16: autocast, with float32 weights and optimizer state. auto: where it pays (effkern.train.device)."""
+    threads: int = 0
+    """CPU threads of torch; 0 leaves its default. Bit-exact repeats need the same number."""
+    compile: bool = False
+    """torch.compile the model's forward pass."""
+    log_every: int = 1
+    eval_every: int = 50
+    """Validation also runs at the switch of stages and at the end; 0: only there."""
+    eval_tokens: int = 32768
+    """Tokens of one validation; 0 is the whole split."""
+    checkpoint_every: int = 100
+    """A checkpoint is also written at the end and on SIGINT or SIGTERM; 0: only there."""
+    keep_last: int = 2
+    max_nonfinite: int = 5
+    """Stop after this many steps in a row with a loss or gradient that is not finite."""
+    tensorboard: bool = True
+    plot: bool = True
+    """Write curves.png at the end."""
+    restart: bool = False
+    """Throw away what run.out holds instead of resuming it."""
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "keep_last", "max_nonfinite"):
+            _require("run", name, getattr(self, name) >= 1, "be at least 1", getattr(self, name))
+        for name in ("threads", "eval_every", "eval_tokens", "checkpoint_every"):
+            _require("run", name, getattr(self, name) >= 0, "be at least 0", getattr(self, name))
+        _require(
+            "run", "precision", self.precision in ("auto", "fp32", "bf16"), "be auto, fp32 or bf16", self.precision
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run of `effkern train`."""
+
+    model: DecoderConfig = field(default_factory=DecoderConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        fits = self.data.seq_len <= self.model.max_seq_len
+        _require("data", "seq_len", fits, f"be at most model.max_seq_len={self.model.max_seq_len}", self.data.seq_len)
+
+
+_FREE_RUN_FIELDS = (
+    "out",
+    "log_every",
+    "eval_every",
+    "eval_tokens",
+    "checkpoint_every",
+    "keep_last",
+    "tensorboard",
+    "plot",
+    "restart",
+)
+# A run may be resumed with other values of these: they cannot change what is computed.
+# The two paths may move; the hashes of what they point to are compared instead.
+FREE_ON_RESUME = frozenset((*(f"run.{name}" for name in _FREE_RUN_FIELDS), "data.path", "teacher.checkpoint"))

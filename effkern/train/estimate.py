@@ -1,0 +1,132 @@
+"""Sizes, memory and FLOPs of a run before it starts, from formulas that are printed with the numbers."""
+
+from dataclasses import dataclass
+
+import torch
+
+from effkern.models import DecoderConfig, count_parameters, forward_flops
+from effkern.models.parts import STACKS
+from effkern.train.config import TrainConfig
+from effkern.train.schedules import teacher_steps
+
+FORMULAS = (
+    "weights 4 B, gradients 4 B, AdamW moments 8 B a parameter; bf16 adds a 2 B copy of what autocast casts",
+    "activations = micro-batch tokens x [blocks x (2 d (8 + a) + a D (4 H + 3 K) + 4 a m) + d (8 + a)],",
+    "  a = bytes of a product's result (2 in bf16, 4 in fp32); H, K, D heads, kv heads, head size; m mlp size;",
+    "  what autograd keeps; torch.compile keeps less",
+    "loss op: chunks of logits within its own budget, tokens x vocabulary is never stored",
+    "teacher: weights 4 B, and its hidden states; it keeps nothing for a backward pass",
+    "FLOPs: forward = 2 per weight of blocks and head + 2 x width x (length + 1) per attention; backward = 2 forwards;",
+    "  the teacher costs one forward in the steps that use it",
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes and FLOPs of a run."""
+
+    parameters: int
+    teacher_parameters: int
+    tokens: int
+    teacher_tokens: int
+    weights: int
+    gradients: int
+    optimizer: int
+    autocast_copies: int
+    activations: int
+    teacher_weights: int
+    student_flops: float
+    teacher_flops: float
+
+    @property
+    def memory(self) -> int:
+        """Bytes at the peak of stage 1."""
+        parts = (
+            self.weights,
+            self.gradients,
+            self.optimizer,
+            self.autocast_copies,
+            self.activations,
+            self.teacher_weights,
+        )
+        return sum(parts)
+
+
+def activation_bytes(model: DecoderConfig, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes that autograd keeps from a forward pass over `tokens` tokens (FORMULAS)."""
+    a = dtype.itemsize
+    d, heads = model.hidden_size, 4 * model.num_heads + 3 * model.num_kv_heads
+    block = 2 * d * (8 + a) + a * heads * model.head_size + 4 * a * model.mlp_size
+    return tokens * (STACKS[model.stack].applications(model) * block + d * (8 + a))
+
+
+def estimate(config: TrainConfig, dtype: torch.dtype, teacher: DecoderConfig | None = None) -> Estimate:
+    """Estimate `config` in precision `dtype`; without `teacher` its cost is left out."""
+    parameters = count_parameters(config.model)
+    tokens_per_step = config.data.batch_size * config.data.seq_len
+    stage_one = teacher_steps(config.schedule) if teacher is not None else 0
+    tokens = config.schedule.steps * tokens_per_step
+    teacher_tokens = stage_one * tokens_per_step
+    # Both models and their optimizer state stay float32; only products run in bf16.
+    copies = 2 * parameters if dtype == torch.bfloat16 else 0
+    return Estimate(
+        parameters=parameters,
+        teacher_parameters=count_parameters(teacher) if teacher is not None else 0,
+        tokens=tokens,
+        teacher_tokens=teacher_tokens,
+        weights=4 * parameters,
+        gradients=4 * parameters,
+        optimizer=8 * parameters,
+        autocast_copies=copies,
+        activations=activation_bytes(config.model, config.data.micro_rows * config.data.seq_len, dtype),
+        teacher_weights=4 * count_parameters(teacher) if teacher is not None and stage_one else 0,
+        student_flops=3.0 * forward_flops(config.model, config.data.seq_len).total * tokens,
+        teacher_flops=forward_flops(teacher, config.data.seq_len).total * teacher_tokens
+        if teacher is not None
+        else 0.0,
+    )
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TiB"
+
+
+def _count(number: float) -> str:
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= limit:
+            return f"{number / limit:.2f}{unit}"
+    return f"{number:.0f}"
+
+
+def render(numbers: Estimate, config: TrainConfig, dtype: torch.dtype, unconfirmed: tuple[str, ...] = ()) -> str:
+    """The estimate as text, with its formulas and what no source confirms."""
+    schedule, data = config.schedule, config.data
+    share = numbers.teacher_flops / numbers.student_flops
+    lines = [
+        f"student       {_count(numbers.parameters)} parameters ({numbers.parameters:,})",
+        f"teacher       {_count(numbers.teacher_parameters)} parameters"
+        if numbers.teacher_parameters
+        else "teacher       none",
+        f"schedule      {schedule.mode}, {schedule.steps:,} steps x {data.batch_size} x {data.seq_len} "
+        f"= {_count(numbers.tokens)} tokens",
+        f"stage 1       {_count(numbers.teacher_tokens)} tokens with the teacher, omega {schedule.omega}, "
+        f"transition {schedule.transition}",
+        f"precision     {dtype}",
+        f"memory        {_bytes(numbers.memory)} in stage 1",
+        f"  weights     {_bytes(numbers.weights)}",
+        f"  gradients   {_bytes(numbers.gradients)}",
+        f"  optimizer   {_bytes(numbers.optimizer)}",
+        f"  bf16 copies {_bytes(numbers.autocast_copies)}",
+        f"  activations {_bytes(numbers.activations)} (micro-batch of {data.micro_rows} x {data.seq_len})",
+        f"  teacher     {_bytes(numbers.teacher_weights)}",
+        f"FLOPs         {numbers.student_flops:.3e} student, {numbers.teacher_flops:.3e} teacher (+{100 * share:.1f}%)",
+        "formulas",
+        *(f"  {line}" for line in FORMULAS),
+    ]
+    if unconfirmed:
+        lines += ["unconfirmed values", *(f"  {line}" for line in unconfirmed)]
+    return "\n".join(lines)

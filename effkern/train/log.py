@@ -1,0 +1,57 @@
+"""The run's log: one JSON object a line, and TensorBoard. A resumed run continues it without duplicates."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Records of a log; a last line cut short by a crash is left out."""
+    records = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+    return records
+
+
+def truncate_log(path: Path, step: int) -> None:
+    """Drop the records after `step` completed steps, atomically."""
+    if not path.exists():
+        return
+    kept = [record for record in read_log(path) if record["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    os.replace(temporary, path)
+
+
+class RunLog:
+    """Appends records of kind `train` or `eval` to log.jsonl; floats are written exactly."""
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "log.jsonl"
+        truncate_log(self.path, step)
+        self._file = open(self.path, "a")  # noqa: SIM115
+        self._writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """`step` is the number of completed steps."""
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()

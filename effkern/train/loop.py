@@ -1,0 +1,261 @@
+"""The training loop: stages, validation, log, checkpoints, and what happens when something goes wrong."""
+
+import gc
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from effkern.data import BatchOrder, PackedDataset, val_batches
+from effkern.models import Decoder, count_parameters
+from effkern.train.checkpoint import CheckpointError, load_newest, save_checkpoint
+from effkern.train.config import TrainConfig
+from effkern.train.device import choose_device, choose_precision, set_threads
+from effkern.train.evaluate import EvalResult, evaluate
+from effkern.train.lock import RunLock
+from effkern.train.log import RunLog, read_log
+from effkern.train.optimizer import build_optimizer
+from effkern.train.progress import Reporter, reporter_for
+from effkern.train.restore import Inputs, RunState, check_same_run, load_teacher, restore, snapshot
+from effkern.train.schedules import learning_rate, omega_at, teacher_steps
+from effkern.train.signals import StopRequest
+from effkern.train.step import StepResult, to_device, train_step
+from effkern.train.timing import StepTimer
+
+# Where a run directory keeps what it writes; `restart` removes exactly these.
+_OUTPUTS = ("checkpoints", "tensorboard", "log.jsonl", "curves.png", "tokenizer.json", "result.json")
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many steps in a row were not finite."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to."""
+
+    out: Path
+    finished: bool
+    signum: int | None
+    """The signal that ended it early, or None."""
+    parameters: int
+    state: RunState
+    evals: list[dict[str, Any]]
+    """Validation records in order: step, tokens, loss, accuracy, bits_per_byte."""
+
+    @property
+    def loss_op_share(self) -> float:
+        """Share of the measured step time that the loss op took, forward and backward."""
+        return self.state.loss_s / self.state.timed_s if self.state.timed_s else 0.0
+
+    @property
+    def teacher_share(self) -> float:
+        """Share of the measured step time of the whole run that the teacher's forward pass took."""
+        return self.state.teacher_s / self.state.timed_s if self.state.timed_s else 0.0
+
+
+class Trainer:
+    """One run: made from a config, driven by `run`. Tests and the demo hold it; the CLI calls `train`."""
+
+    def __init__(self, config: TrainConfig, *, title: str = "train", quiet: bool = False) -> None:
+        self.config, self.title, self.quiet = config, title, quiet
+        self.out = Path(config.run.out)
+        set_threads(config.run)
+        self.device = choose_device(config.run.device)
+        self.dtype = choose_precision(config.run.precision, self.device)
+        self.dataset = PackedDataset(config.data.path)
+        if self.dataset.vocab_size > config.model.vocab_size:
+            raise ValueError(
+                f"model.vocab_size must be at least {self.dataset.vocab_size} for {config.data.path}, "
+                f"got {config.model.vocab_size}"
+            )
+        self.inputs = Inputs.of(self.dataset)
+        self.order = BatchOrder(
+            self.dataset, seq_len=config.data.seq_len, batch_size=config.data.batch_size, seed=config.data.seed
+        )
+        self.model = Decoder(config.model, seed=config.run.seed, device=self.device)
+        self.forward = torch.compile(self.model, fullgraph=True) if config.run.compile else self.model
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.state = RunState()
+        self.teacher: Decoder | None = None
+        self.stage_one = teacher_steps(config.schedule)
+        self._notes: list[str] = []
+        self._saved_step = -1
+
+    def run(self) -> TrainResult:
+        """Train from the newest checkpoint, or from step 0, to the last step, a signal, or an error."""
+        with RunLock(self.out), StopRequest() as stop:
+            self._begin()
+            log = RunLog(self.out, self.state.step if self.state.step else -1, self.config.run.tensorboard)
+            report = reporter_for(self.title, self.config.schedule.steps, self.state.step, quiet=self.quiet)
+            for text in self._notes:
+                report.note(text)
+            try:
+                self._loop(stop, log, report)
+            finally:
+                log.close()
+                report.close()
+            return self._finish(stop.signum)
+
+    def _begin(self) -> None:
+        """Resume or start over; load the teacher if stage 1 needs it. Nothing is written before all is checked."""
+        checkpoints = self.out / "checkpoints"
+        found = None if self.config.run.restart else load_newest(checkpoints)
+        if found is not None:
+            check_same_run(found, self.config, self.inputs)
+        first = found.step if found else 0
+        if first < self.stage_one:
+            loaded = load_teacher(self.config, self.inputs, self.device)
+            self.inputs = replace(self.inputs, teacher=loaded.weights_hash)
+            self.teacher = loaded.model
+        if found is not None:
+            check_same_run(found, self.config, self.inputs)
+            self.inputs = replace(self.inputs, teacher=found.data["inputs"]["teacher"])
+            self.state = restore(found, self.model, self.optimizer)
+            self._notes += [f"skipped: {problem}" for problem in found.problems]
+            self._saved_step = found.step
+            self._notes.append(f"resumed {found.path} at step {found.step}")
+        elif self.config.run.restart:
+            for name in _OUTPUTS:
+                path = self.out / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self.dataset.tokenizer().save(str(self.out / "tokenizer.json"))
+
+    def _loop(self, stop: StopRequest, log: RunLog, report: Reporter) -> None:
+        config, state = self.config, self.state
+        wall, cpu = time.monotonic() - state.wall_s, time.process_time() - state.cpu_s
+        rate_ema = 0.0
+        if state.step == 0:
+            log.write("eval", 0, self.validate())
+        while state.step < config.schedule.steps and stop.signum is None:
+            step = state.step
+            if self.teacher is not None and step >= self.stage_one:
+                self.unload_teacher()
+                report.note(f"step {step}: stage 2, teacher unloaded")
+            result, timer = self.step(step)
+            state.step += 1
+            state.tokens += result.tokens
+            state.wall_s, state.cpu_s = time.monotonic() - wall, time.process_time() - cpu
+            speed = result.tokens / timer.total
+            rate_ema = speed if rate_ema == 0 else 0.9 * rate_ema + 0.1 * speed
+            self._count(result)
+            if state.step % config.run.log_every == 0 or not result.applied:
+                log.write("train", state.step, self._record(step, result, rate_ema))
+            if not result.applied:
+                report.note(
+                    f"step {step}: loss {result.loss} or gradient norm {result.grad_norm} is not finite; skipped"
+                )
+            self._stop_if_diverged()
+            if self._due(config.run.eval_every) or state.step == self.stage_one:
+                log.write("eval", state.step, self.validate())
+            state.wall_s, state.cpu_s = time.monotonic() - wall, time.process_time() - cpu
+            if config.run.checkpoint_every and state.step % config.run.checkpoint_every == 0:
+                self.save()
+            report.update(state.step, f"loss {result.ce:.4f} {rate_ema:,.0f} tok/s")
+        if state.step != self._saved_step:
+            self.save()
+
+    def step(self, step: int) -> tuple[StepResult, StepTimer]:
+        """Compute step number `step` on its batch."""
+        config = self.config
+        timer = StepTimer(self.device, self.device.type != "cuda" or (step + 1) % max(10, config.run.log_every) == 0)
+        result = train_step(
+            self.model,
+            self.forward,
+            self.optimizer,
+            to_device(self.order.batch(step), self.device),
+            config,
+            teacher=self.teacher,
+            omega=omega_at(config.schedule, step),
+            rate=learning_rate(config.optimizer, config.schedule.steps, step),
+            dtype=self.dtype,
+            timer=timer,
+        )
+        if timer.enabled:
+            self.state.timed_s += timer.total
+            self.state.loss_s += timer.loss
+            self.state.teacher_s += timer.teacher
+        return result, timer
+
+    def validate(self) -> dict[str, Any]:
+        """Loss, accuracy and bits per byte on the validation split, with the tokens seen so far."""
+        data = self.config.data
+        batches = val_batches(self.dataset, data.seq_len, data.micro_rows, self.config.run.eval_tokens or None)
+        result: EvalResult = evaluate(self.model, batches, self.dataset.bytes_per_token("val"), self.dtype)
+        return {**result.as_dict(), "eval_tokens": result.tokens, "tokens": self.state.tokens}
+
+    def unload_teacher(self) -> None:
+        """Free the teacher's memory; student and optimizer are not touched."""
+        self.teacher = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present state."""
+        checkpoint = snapshot(self.model, self.optimizer, self.state, self.config, self.inputs)
+        self._saved_step = self.state.step
+        return save_checkpoint(self.out / "checkpoints", checkpoint, self.config.run.keep_last)
+
+    def _due(self, every: int) -> bool:
+        return self.state.step == self.config.schedule.steps or (every > 0 and self.state.step % every == 0)
+
+    def _count(self, result: StepResult) -> None:
+        self.state.nonfinite_in_a_row = 0 if result.applied else self.state.nonfinite_in_a_row + 1
+        self.state.skipped += not result.applied
+
+    def _stop_if_diverged(self) -> None:
+        if self.state.nonfinite_in_a_row >= self.config.run.max_nonfinite:
+            raise TrainingDiverged(
+                f"{self.state.nonfinite_in_a_row} steps in a row had a loss or gradient that is not finite "
+                f"(the last one: step {self.state.step - 1}); none of them touched a parameter. "
+                f"Lower optimizer.lr or look at the data; checkpoints are in {self.out / 'checkpoints'}"
+            )
+
+    def _record(self, step: int, result: StepResult, speed: float) -> dict[str, Any]:
+        schedule, optimizer = self.config.schedule, self.config.optimizer
+        return {
+            **asdict(result),
+            "omega": omega_at(schedule, step),
+            "lr": learning_rate(optimizer, schedule.steps, step),
+            "total_tokens": self.state.tokens,
+            "tokens_per_s": speed,
+            "wall_s": self.state.wall_s,
+        }
+
+    def _finish(self, signum: int | None) -> TrainResult:
+        finished = self.state.step == self.config.schedule.steps
+        records = read_log(self.out / "log.jsonl")
+        evals = [record for record in records if record["kind"] == "eval"]
+        result = TrainResult(
+            self.out, finished, None if finished else signum, count_parameters(self.config.model), self.state, evals
+        )
+        if finished:
+            summary = {
+                "state": asdict(self.state),
+                "loss_op_share": result.loss_op_share,
+                "final": evals[-1] if evals else None,
+            }
+            (self.out / "result.json").write_text(json.dumps(summary, indent=1))
+            if self.config.run.plot:
+                from effkern.train.plots import plot_run
+
+                plot_run(records, self.out / "curves.png")
+        return result
+
+
+def train(config: TrainConfig, *, title: str = "train", quiet: bool = False) -> TrainResult:
+    """Run `config` to its end; resumes what config.run.out holds.
+
+    Raises:
+        ValueError, CheckpointError: the config, data, teacher or stored run does not fit; nothing was overwritten.
+        TrainingDiverged: run.max_nonfinite steps in a row were not finite.
+    """
+    return Trainer(config, title=title, quiet=quiet).run()
+
+
+__all__ = ["CheckpointError", "TrainResult", "Trainer", "TrainingDiverged", "train"]

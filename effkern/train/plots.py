@@ -1,0 +1,92 @@
+"""PNG curves. matplotlib is imported when a plot is made."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# One colour a run, distinguishable without colour vision; the teacher is grey.
+COLOURS = {"baseline": "#0072B2", "salt": "#D55E00", "teacher": "#777777"}
+
+
+def _figure(columns: int, rows: int = 1) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * columns, 3.8 * rows), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def plot_run(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Training and validation loss, and accuracy, of one run over tokens."""
+    figure, axes = _figure(2)
+    steps = [record for record in records if record["kind"] == "train" and record["applied"]]
+    evals = [record for record in records if record["kind"] == "eval"]
+    left, right = axes[0]
+    left.plot(
+        [r["total_tokens"] for r in steps], [r["ce"] for r in steps], lw=0.6, color="#bbbbbb", label="training batch"
+    )
+    left.plot(
+        [r["tokens"] for r in evals],
+        [r["loss"] for r in evals],
+        "o-",
+        ms=3,
+        color=COLOURS["baseline"],
+        label="validation",
+    )
+    left.set(xlabel="tokens", ylabel="cross entropy, nats per token")
+    left.legend(frameon=False)
+    right.plot(
+        [r["tokens"] for r in evals], [100 * r["accuracy"] for r in evals], "o-", ms=3, color=COLOURS["baseline"]
+    )
+    right.set(xlabel="tokens", ylabel="next-token accuracy, %")
+    _tidy(axes)
+    figure.savefig(path)
+
+
+def plot_comparison(runs: dict[str, Any], switch_tokens: int, path: Path) -> None:
+    """Validation loss over tokens and over FLOPs, accuracy, and SALT minus BASELINE at equal tokens.
+
+    `runs[name]` has the key `evals`, a list of records with tokens, flops, loss and accuracy.
+    """
+    figure, axes = _figure(2, 2)
+    loss, flops, accuracy, gap = axes.flat
+    students = [name for name in ("baseline", "salt") if name in runs]
+    for name in students:
+        evals = runs[name]["evals"]
+        style = {"color": COLOURS[name], "ms": 3, "label": name.upper()}
+        tokens = [e["tokens"] / 1e6 for e in evals]
+        loss.plot(tokens, [e["loss"] for e in evals], "o-", **style)
+        flops.plot([e["flops"] / 1e12 for e in evals], [e["loss"] for e in evals], "o-", **style)
+        accuracy.plot(tokens, [100 * e["accuracy"] for e in evals], "o-", **style)
+    final = runs["teacher"]["evals"][-1]
+    for axis, level in ((loss, final["loss"]), (flops, final["loss"]), (accuracy, 100 * final["accuracy"])):
+        axis.axhline(level, color=COLOURS["teacher"], ls=":", label="teacher, trained")
+    # The first evaluation is near ln V and would flatten the rest.
+    top = max(e["loss"] for name in students for e in runs[name]["evals"][1:])
+    bottom = min(final["loss"], *(e["loss"] for name in students for e in runs[name]["evals"]))
+    for axis in (loss, flops):
+        axis.set_ylim(bottom - 0.1, top + 0.1)
+    pairs = list(zip(runs["baseline"]["evals"], runs["salt"]["evals"]))[1:]
+    gap.plot(
+        [b["tokens"] / 1e6 for b, _ in pairs], [s["loss"] - b["loss"] for b, s in pairs], "o-", ms=3, color="#222222"
+    )
+    gap.axhline(0, color="#bbbbbb", lw=0.8)
+    for axis in (loss, accuracy, gap):
+        axis.axvline(switch_tokens / 1e6, color="#222222", lw=0.8, ls="--")
+        axis.set_xlabel("million tokens (dashed: teacher unloaded)")
+    loss.set_ylabel("validation loss, nats per token")
+    flops.set(
+        xlabel="TFLOPs of the student run, teacher's forward passes included", ylabel="validation loss, nats per token"
+    )
+    accuracy.set_ylabel("next-token accuracy, %")
+    gap.set_ylabel("SALT minus BASELINE, nats (below 0: SALT better)")
+    loss.legend(frameon=False)
+    _tidy(axes)
+    figure.savefig(path)
+
+
+def _tidy(axes: Any) -> None:
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25, lw=0.5)

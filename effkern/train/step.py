@@ -1,0 +1,102 @@
+"""One optimizer step: accumulate over micro-batches, clip, and apply unless something is not finite."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from effkern.models import Decoder
+from effkern.ops.distill import TeacherHidden, linear_distill_loss
+from effkern.train.config import TrainConfig
+from effkern.train.device import autocast
+from effkern.train.timing import StepTimer
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Means over the supervised tokens of one step (nats per token), measured before its update."""
+
+    loss: float
+    """What was minimised: (1 - omega) ce + omega divergence."""
+    ce: float
+    divergence: float
+    accuracy: float
+    grad_norm: float
+    """Before clipping."""
+    tokens: int
+    applied: bool
+    """False: something was not finite and no parameter was touched."""
+
+
+def to_device(batch: np.ndarray, device: torch.device) -> Tensor:
+    """Token ids as an int64 tensor on `device`."""
+    return torch.from_numpy(np.ascontiguousarray(batch, dtype=np.int64)).to(device)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def train_step(
+    model: Decoder,
+    forward: Callable[[Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    tokens: Tensor,
+    config: TrainConfig,
+    *,
+    teacher: Decoder | None,
+    omega: float,
+    rate: float,
+    dtype: torch.dtype,
+    timer: StepTimer,
+) -> StepResult:
+    """One update from `tokens` [batch, seq_len + 1]; `forward` is `model` or its compiled form.
+
+    Every micro-batch divides by the number of supervised tokens of the whole step, so that accumulation gives the
+    gradient of the whole batch. The teacher runs only where omega > 0.
+    """
+    labels = tokens[:, 1:]
+    denom = int((labels != IGNORE).sum())
+    optimizer.zero_grad(set_to_none=True)
+    sums = torch.zeros(4, dtype=torch.float64, device=tokens.device)
+    for rows in tokens.split(config.data.micro_rows):
+        inputs, targets = rows[:, :-1], rows[:, 1:].flatten()
+        with autocast(tokens.device, dtype):
+            target = None
+            if teacher is not None and omega > 0:
+                with timer.measure("teacher"), torch.no_grad():
+                    target = TeacherHidden(teacher(inputs).flatten(0, 1), teacher.head_weight)
+            hidden = forward(inputs).flatten(0, 1)
+            timer.watch(hidden)
+            with timer.measure("loss"):
+                result = linear_distill_loss(
+                    hidden,
+                    model.head_weight,
+                    targets,
+                    teacher=target,
+                    omega=None if target is None else omega,
+                    temperature=None if target is None else config.teacher.student_temperature,
+                    teacher_temperature=None if target is None else config.teacher.temperature,
+                    ignore_index=IGNORE,
+                    vocab_valid=model.vocab_valid,
+                    denom=denom,
+                )
+        timer.backward(result.loss)
+        stats = result.stats
+        parts = (result.loss.detach() * denom, stats.ce.sum(), stats.divergence.sum(), stats.hit.sum())
+        sums += torch.stack([part.double() for part in parts])
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm or torch.inf)
+    loss, ce, divergence, hits = (sums / max(1, denom)).tolist()
+    norm_value = float(norm)
+    # A NaN that sits in the loss alone would not show in the gradient, and the other way round.
+    applied = bool(np.isfinite(loss) and np.isfinite(norm_value))
+    if applied:
+        _set_rate(optimizer, rate)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(loss, ce, divergence, hits, norm_value, denom, applied)
