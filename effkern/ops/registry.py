@@ -31,6 +31,7 @@ def registered() -> dict[str, tuple[Implementation, ...]]:
     return dict(_REGISTRY)
 
 
+@torch.compiler.assume_constant_result
 def choose(op: str, impl: str, device: torch.device) -> str:
     """Name of the implementation that `impl` means for `op` on `device`.
 

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from effkern.ops.distill.rows import DIVERGENCES, RowOptions
 
-# (vocabulary up to, columns per step, warps): one step for small rows; beyond, 16 bytes per thread and load.
-LAUNCH = [(1024, 1024, 4), (8192, 2048, 8), (1 << 31, 4096, 8)]
+# (vocabulary up to, columns per step, warps): one step for small rows; beyond, two 16-byte loads per thread. 4096
+# columns need over 100 registers, which halves the resident warps (tests/native/triton_resources.json). Chosen by
+# registers; not yet timed on a GPU.
+LAUNCH = [(1024, 1024, 8), (1 << 31, 2048, 8)]
 
 
 @triton.jit
@@ -181,3 +183,26 @@ def triton_rows(
         TEMPERED=options.temperature != 1.0, WANT_GRAD=grad_dtype is not None, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return None if grad_dtype is None else grad
+
+
+def _compile_case(block: int, warps: int, grad: str, **flags: bool) -> tuple:
+    """What `tests.native.triton_codegen` compiles without a GPU: the launch of `triton_rows` with these flags."""
+    on = {"HAS_TEACHER": True, "HAS_BIAS": False, "HAS_CAP": False, "TEMPERED": False, "WANT_GRAD": True, **flags}
+    pointers = {
+        "logits_ptr": "*fp32", "teacher_ptr": "*fp32", "bias_ptr": "*fp32", "labels_ptr": "*i64", "scale_ptr": "*fp32",
+        "omega_ptr": "*fp32", "stats_ptr": "*fp32", "grad_ptr": grad,
+    }  # fmt: skip
+    strides = {name: "i32:16" for name in ("vocab", "logits_stride", "teacher_stride", "stats_stride", "grad_stride")}
+    numbers = ("inverse_q", "inverse_p", "label_smoothing", "z_loss", "softcap", "logit_scale")
+    signature = {**pointers, **strides, "ignore_index": "i32", **{name: "fp32" for name in numbers}}
+    return distill_rows_kernel, signature, {**on, "BLOCK": block}, warps
+
+
+COMPILE_CASES = {
+    "rows_kl_bf16": _compile_case(2048, 8, "*bf16"),
+    "rows_kl_fp32": _compile_case(2048, 8, "*fp32"),
+    "rows_kl_bf16_all": _compile_case(2048, 8, "*bf16", HAS_BIAS=True, HAS_CAP=True, TEMPERED=True),
+    "rows_kl_bf16_small": _compile_case(1024, 8, "*bf16"),
+    "rows_kl_eval": _compile_case(2048, 8, "*fp32", WANT_GRAD=False),
+    "rows_hard_bf16": _compile_case(2048, 8, "*bf16", HAS_TEACHER=False),
+}
