@@ -24,7 +24,8 @@ inline void check_label_rank(const torch::stable::Tensor& logits, const torch::s
   STD_TORCH_CHECK(labels.device() == logits.device(), "label_rank: labels must be on the device of logits");
   STD_TORCH_CHECK(vocab_valid >= 1 && vocab_valid <= logits.size(1) && vocab_valid <= std::numeric_limits<int>::max(),
                   "label_rank: vocab_valid must be in [1, V] and below 2^31");
-  STD_TORCH_CHECK(logits.size(0) <= std::numeric_limits<int>::max(), "label_rank: logits must have fewer than 2^31 rows");
+  STD_TORCH_CHECK(logits.size(0) <= std::numeric_limits<int>::max(),
+                  "label_rank: logits must have fewer than 2^31 rows");
 }
 
 struct LabelRankOutputs {

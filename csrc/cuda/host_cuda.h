@@ -21,7 +21,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -104,44 +103,45 @@ inline int skip_barrier = -1;
   std::abort();
 }
 
-// Not std::barrier: that of libstdc++ parks all waiters of a process in a few shared pools, and the atomics of a
-// pool order threads of different barriers, which hides races from the thread sanitizer.
+// Orders what stands before it against what stands behind it, and nothing else: any further ordering would hide races
+// from the thread sanitizer. That of libstdc++ (std::barrier) parks all waiters of a process in a few shared pools,
+// whose atomics order threads of different barriers. And with one mutex, a thread that wakes late from one round
+// would be ordered behind threads that have arrived at the next; so rounds take turns with two.
 class Barrier {
  public:
-  explicit Barrier(unsigned members) : members_(members), missing_(members) {}
+  explicit Barrier(unsigned members) { rounds_[0].missing = members; }
 
-  void arrive_and_wait() {
-    std::unique_lock lock(mutex_);
-    const uint64_t phase = phase_;
-    if (--missing_ == 0)
-      next_phase();
-    else
-      changed_.wait(lock, [&] { return phase_ != phase; });
-  }
-
-  // As on a GPU, barriers do not wait for threads that have ended.
-  void leave() {
-    const std::lock_guard lock(mutex_);
-    --members_;
-    if (--missing_ == 0) next_phase();
+  // `turn` counts the calling thread's rounds. A thread that has ended leaves: later rounds do not wait for it.
+  void arrive(unsigned& turn, bool leave = false) {
+    Round& round = rounds_[turn % 2];
+    Round& next = rounds_[++turn % 2];
+    std::unique_lock lock(round.mutex);
+    const unsigned completed = round.completed;
+    round.staying += !leave;
+    if (--round.missing == 0) {
+      next.missing = round.staying;
+      round.staying = 0;
+      ++round.completed;
+      round.done.notify_all();
+    } else if (!leave) {
+      round.done.wait(lock, [&] { return round.completed != completed; });
+    }
   }
 
  private:
-  void next_phase() {
-    missing_ = members_;
-    ++phase_;
-    changed_.notify_all();
-  }
-
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  unsigned members_, missing_;
-  uint64_t phase_ = 0;
+  struct Round {
+    std::mutex mutex;
+    std::condition_variable done;
+    unsigned missing = 0, staying = 0, completed = 0;
+  };
+  Round rounds_[2];
 };
 
 struct Warp {
   explicit Warp(unsigned lanes) : barrier(lanes), alive(lanes == 32 ? ~0u : (1u << lanes) - 1) {}
   Barrier barrier;
+  // Ordered by the barrier.
+  unsigned living() const { return alive.load(std::memory_order_relaxed); }
   std::atomic<unsigned> alive;
   uint64_t slot[32] = {};
 };
@@ -152,45 +152,58 @@ struct Block {
       warps.push_back(std::make_unique<Warp>(threads - first < 32 ? threads - first : 32));
     std::memset(dynamic.get(), 0xff, dynamic_bytes);
   }
-
-  // A static shared array, known by the address of its declaration; 0xff bytes are NaN in every float format.
-  void* array(const void* key, size_t bytes) {
-    const std::lock_guard lock(mutex);
-    auto& memory = arrays[key];
-    if (!memory) {
-      memory.reset(new unsigned char[bytes]);
-      std::memset(memory.get(), 0xff, bytes);
-    }
-    return memory.get();
+  ~Block() {
+    for (Array& slot : arrays) delete[] slot.memory.load();
   }
 
+  // A static shared array, known by the address of its declaration; 0xff bytes are NaN in every float format.
+  // Without a mutex, again for the sake of races. Kernels declare their arrays before they touch any.
+  void* array(const void* key, size_t bytes) {
+    for (Array& slot : arrays) {
+      const void* owner = nullptr;
+      if (slot.key.compare_exchange_strong(owner, key, std::memory_order_relaxed)) {
+        auto* memory = new unsigned char[bytes];
+        std::memset(memory, 0xff, bytes);
+        slot.memory.store(memory, std::memory_order_release);
+      }
+      if (owner != nullptr && owner != key) continue;
+      while (slot.memory.load(std::memory_order_acquire) == nullptr) std::this_thread::yield();
+      return slot.memory.load(std::memory_order_relaxed);
+    }
+    fail("more than 16 shared arrays");
+  }
+
+  struct Array {
+    std::atomic<const void*> key = nullptr;
+    std::atomic<unsigned char*> memory = nullptr;
+  };
   Barrier barrier;
   std::vector<std::unique_ptr<Warp>> warps;
   std::unique_ptr<unsigned char[]> dynamic;
-  std::mutex mutex;
-  std::map<const void*, std::unique_ptr<unsigned char[]>> arrays;
+  Array arrays[16];
 };
 
 inline thread_local Block* block;
 inline thread_local Warp* warp;
 inline thread_local unsigned lane;
 inline thread_local int barriers_passed;
+inline thread_local unsigned block_turn, warp_turn;
 
 // All lanes post a value, then each reads what it needs; the second barrier keeps the slots until all have read.
 template <typename T, typename Read>
 auto exchange(unsigned mask, T value, Read read) {
   static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
   // Reading `alive` before the barrier is safe: a lane leaves only from outside any exchange.
-  if ((mask & warp->alive.load()) != warp->alive.load() || !(mask >> lane & 1)) fail("mask must name all live lanes");
+  if ((mask & warp->living()) != warp->living() || !(mask >> lane & 1)) fail("mask must name all live lanes");
   std::memcpy(&warp->slot[lane], &value, sizeof(T));
-  warp->barrier.arrive_and_wait();
+  warp->barrier.arrive(warp_turn);
   const auto result = read([](unsigned from) {
-    if (from >= 32 || !(warp->alive.load() >> from & 1)) fail("warp operation reads a lane that is not there");
+    if (from >= 32 || !(warp->living() >> from & 1)) fail("warp operation reads a lane that is not there");
     T other;
     std::memcpy(&other, &warp->slot[from], sizeof(T));
     return other;
   });
-  warp->barrier.arrive_and_wait();
+  warp->barrier.arrive(warp_turn);
   return result;
 }
 
@@ -198,7 +211,7 @@ inline unsigned ballot(unsigned mask, bool vote) {
   return exchange(mask, vote, [](auto from) {
     unsigned votes = 0;
     for (unsigned i = 0; i < 32; ++i)
-      if (warp->alive.load() >> i & 1) votes |= unsigned{from(i)} << i;
+      if (warp->living() >> i & 1) votes |= unsigned{from(i)} << i;
     return votes;
   });
 }
@@ -207,11 +220,11 @@ template <typename Kernel>
 void run_thread(Block& own_block, uint3 thread, uint3 block_index, dim3 grid, dim3 size, const Kernel& kernel) {
   threadIdx = thread, blockIdx = block_index, gridDim = grid, blockDim = size;
   const unsigned linear = (thread.z * size.y + thread.y) * size.x + thread.x;
-  block = &own_block, warp = own_block.warps[linear / 32].get(), lane = linear % 32, barriers_passed = 0;
+  block = &own_block, warp = own_block.warps[linear / 32].get(), lane = linear % 32;
   kernel();
-  warp->alive.fetch_and(~(1u << lane));
-  warp->barrier.leave();
-  block->barrier.leave();
+  warp->alive.fetch_and(~(1u << lane), std::memory_order_relaxed);
+  warp->barrier.arrive(warp_turn, true);
+  block->barrier.arrive(block_turn, true);
 }
 
 template <typename Kernel>
@@ -227,7 +240,8 @@ void launch(dim3 grid, dim3 size, size_t dynamic_bytes, const Kernel& kernel) {
       const uint3 block_index{unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y)};
       for (unsigned t = 0; t < num_threads; ++t) {
         const uint3 thread{t % size.x, t / size.x % size.y, t / size.x / size.y};
-        threads.emplace_back([&, thread, block_index] { run_thread(own_block, thread, block_index, grid, size, kernel); });
+        threads.emplace_back(
+            [&, thread, block_index] { run_thread(own_block, thread, block_index, grid, size, kernel); });
       }
     }
     for (auto& thread : threads) thread.join();
@@ -247,7 +261,7 @@ T atomic_update(T* address, Update update) {
 
 inline void __syncthreads() {
   using namespace effkern::host;
-  if (barriers_passed++ != skip_barrier) block->barrier.arrive_and_wait();
+  if (barriers_passed++ != skip_barrier) block->barrier.arrive(block_turn);
 }
 inline void __syncwarp(unsigned mask = 0xffffffff) { effkern::host::ballot(mask, true); }
 inline void __threadfence() {

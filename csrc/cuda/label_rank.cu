@@ -16,7 +16,8 @@ using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
 
 template <typename T>
-void run(const Tensor& logits, const Tensor& labels, const effkern::LabelRankOutputs& out, int64_t ignore_index, int vocab) {
+void run(const Tensor& logits, const Tensor& labels, const effkern::LabelRankOutputs& out, int64_t ignore_index,
+         int vocab) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(logits.get_device_index(), &stream));
   const effkern::LabelRankArgs<T> args{static_cast<const T*>(logits.const_data_ptr()),

@@ -157,8 +157,8 @@ int label_rank_threads(int vocab) {
 template <typename T>
 void launch_label_rank(const LabelRankArgs<T>& args, int threads, cudaStream_t stream) {
   if (args.num_rows == 0) return;
-  EFFKERN_LAUNCH(label_rank_kernel<T>, dim3(static_cast<unsigned>(args.num_rows)), dim3(static_cast<unsigned>(threads)), 0,
-                 stream, args);
+  EFFKERN_LAUNCH(label_rank_kernel<T>, static_cast<unsigned>(args.num_rows), static_cast<unsigned>(threads), 0, stream,
+                 args);
 }
 
 }  // namespace effkern

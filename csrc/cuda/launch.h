@@ -14,7 +14,8 @@
 #define EFFKERN_SHARED(type, name, count) \
   static char name##_key;                 \
   type* const name = static_cast<type*>(effkern::host::block->array(&name##_key, sizeof(type) * (count)))
-#define EFFKERN_DYNAMIC_SHARED(type, name) type* const name = reinterpret_cast<type*>(effkern::host::block->dynamic.get())
+#define EFFKERN_DYNAMIC_SHARED(type, name) \
+  type* const name = reinterpret_cast<type*>(effkern::host::block->dynamic.get())
 #define EFFKERN_LAUNCH(kernel, grid, block, dynamic_bytes, stream, ...) \
   ((void)(stream), effkern::host::launch(grid, block, dynamic_bytes, [&] { kernel(__VA_ARGS__); }))
 
