@@ -309,8 +309,7 @@ def _tyro(function: Any, name: str, subcommands: bool = False) -> Callable[[Sequ
         prog, args = f"effkern {name}", list(arguments)
         if subcommands:
             return tyro.extras.subcommand_cli_from_dict(function, prog=prog, args=args)
-        positional = (tyro.conf.PositionalRequiredArgs,)
-        return tyro.cli(function, prog=prog, args=args, config=positional)
+        return tyro.cli(function, prog=prog, args=args)
 
     return run
 
@@ -362,6 +361,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _COMMANDS[name][1](rest)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # The reader has gone (| head); what Python still holds must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as error:
         if os.environ.get("EFFKERN_DEBUG") == "1" or not _is_expected(error):
             raise
