@@ -62,8 +62,8 @@ class Attention(nn.Module):
     def forward(self, x_BTE: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
         batch, length, _ = x_BTE.shape
         heads = self.qkv(x_BTE).view(batch, length, -1, self.head_dim).transpose(1, 2)
-        query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        query, key = apply_rope(query, rope), apply_rope(key, rope)
+        turned, value = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
+        query, key = apply_rope(turned, rope).split((self.heads, self.kv_heads), dim=1)
         mask, causal = None, True
         if cache is not None:
             past = cache.length
