@@ -6,8 +6,8 @@ report.json, report.md and curves.png. An interrupted demo goes on where it stop
 
 import json
 import platform
+import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from effkern.train.presets import PRESETS
 from effkern.train.report import write_report
 
 ARMS = ("teacher", "baseline", "salt")
+REPORTS = ("report.json", "report.md", "curves.png")
 
 
 @dataclass(frozen=True)
@@ -126,29 +127,32 @@ def run_demo(
     state = _read_state(marker)
     runs = arms(plan)
     work = json.loads(json.dumps({name: asdict(config) for name, config in runs.items()}))
-    resume = state.get("status") == "running" and state.get("work") == work
     out.mkdir(parents=True, exist_ok=True)
-    begun = {"status": "running", "work": work, "data": state.get("data"), "data_hash": state.get("data_hash")}
-    marker.write_text(json.dumps(begun))
+    if not marker.exists():
+        marker.write_text(json.dumps({"status": "new"}))
     dataset = _dataset(plan, out, state, quiet)
-    if dataset.hash != state.get("data_hash"):
-        resume = False
-    begun = {**begun, "data": _request(plan), "data_hash": dataset.hash}
+    begun = {"status": "running", "work": work, "data": _request(plan), "data_hash": dataset.hash}
+    if state != begun:
+        _clear(out)
     marker.write_text(json.dumps(begun))
     data_seconds = time.monotonic() - start
-    results = _train_all(runs, resume, quiet)
+    results = _train_all(runs, quiet)
     report = write_report(out, plan, runs, results, dataset, data_seconds=data_seconds, start=start)
     marker.write_text(json.dumps({**begun, "status": "done"}))
     return report
 
 
-def _train_all(runs: dict[str, TrainConfig], resume: bool, quiet: bool) -> dict[str, TrainResult]:
+def _clear(out: Path) -> None:
+    """Remove what an earlier demo trained and reported; the corpus stays."""
+    for name in ARMS:
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in REPORTS:
+        (out / name).unlink(missing_ok=True)
+
+
+def _train_all(runs: dict[str, TrainConfig], quiet: bool) -> dict[str, TrainResult]:
     results: dict[str, TrainResult] = {}
-    names: Sequence[str] = ARMS
-    for name in names:
-        config = runs[name]
-        # An interrupted demo may hold runs that belong to it and runs of the one before, which have ended.
-        config = replace(config, run=replace(config.run, restart=not resume))
+    for name, config in runs.items():
         result = train(config, title=name, quiet=quiet)
         if result.signum is not None:
             raise DemoInterrupted(result.signum, Path(config.run.out).parent)

@@ -123,7 +123,8 @@ class Trainer:
             for name in _OUTPUTS:
                 path = self.out / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        self.dataset.tokenizer().save(str(self.out / "tokenizer.json"))
+        # With its tokenizer a run directory is all that `effkern generate` needs.
+        shutil.copyfile(self.dataset.path / self.dataset.manifest.tokenizer.file, self.out / "tokenizer.json")
 
     def _loop(self, stop: StopRequest, log: RunLog, report: Reporter) -> None:
         config, state = self.config, self.state
