@@ -17,8 +17,18 @@ class CMakeBuild(build_ext):
         out = root / "effkern" if self.inplace else Path(self.build_lib).resolve() / "effkern"
         build = root / "build" / "cmake"
         subprocess.check_call(
-            ["cmake", "-S", root, "-B", build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
-             f"-DEFFKERN_OUTPUT_DIR={out}", *os.environ.get("EFFKERN_CMAKE_ARGS", "").split()]
+            [
+                "cmake",
+                "-S",
+                root,
+                "-B",
+                build,
+                "-G",
+                "Ninja",
+                f"-DPython_EXECUTABLE={sys.executable}",
+                f"-DEFFKERN_OUTPUT_DIR={out}",
+                *os.environ.get("EFFKERN_CMAKE_ARGS", "").split(),
+            ]
         )
         subprocess.check_call(["cmake", "--build", build])
 

@@ -59,12 +59,16 @@ def reference() -> Implementation:
 
 def cpp() -> Implementation:
     """The C++ CPU kernels of effkern._C."""
-    return Implementation("cpp", lambda device: "C++ kernels need a CPU tensor" if device.type != "cpu" else native.missing("_C"))
+    return Implementation(
+        "cpp", lambda device: "C++ kernels need a CPU tensor" if device.type != "cpu" else native.missing("_C")
+    )
 
 
 def cuda() -> Implementation:
     """The CUDA C++ kernels of effkern._C_cuda."""
-    return Implementation("cuda", lambda device: "CUDA kernels need a CUDA tensor" if device.type != "cuda" else native.missing("_C_cuda"))
+    return Implementation(
+        "cuda", lambda device: "CUDA kernels need a CUDA tensor" if device.type != "cuda" else native.missing("_C_cuda")
+    )
 
 
 def triton() -> Implementation:

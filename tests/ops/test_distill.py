@@ -221,7 +221,9 @@ def test_small_divergence_is_accurate(impl):
     truth = reference.row_stats(
         wide.hidden @ wide.weight.t(), wide.teacher, None, wide.labels, torch.ones(4, device=cases.DEVICE), wide.options
     )[2]
-    got = linear_distill_loss(case.hidden, case.weight, case.labels, impl=impl, **cases.arguments(case)).stats.divergence
+    got = linear_distill_loss(
+        case.hidden, case.weight, case.labels, impl=impl, **cases.arguments(case)
+    ).stats.divergence
     assert truth.max() < 1e-5
     assert (got - truth).abs().max() < 1e-9
 
@@ -247,7 +249,10 @@ def test_ignored_rows_are_exact_zeros(impl):
 def test_all_ignored_and_empty(impl, reduction):
     case = replace(cases.make(rows=4, ignored=3), reduction=reduction)
     case.labels[:] = -100
-    for result in (cases.ours(case, impl), cases.ours(replace(case, weights=torch.zeros_like(case.labels).float()), impl)):
+    for result in (
+        cases.ours(case, impl),
+        cases.ours(replace(case, weights=torch.zeros_like(case.labels).float()), impl),
+    ):
         assert all(x.eq(0).all() for x in result)
     empty = replace(case, hidden=case.hidden[:0], labels=case.labels[:0], teacher=case.teacher[:0])
     result = cases.ours(empty, impl)
@@ -272,7 +277,9 @@ def test_stats(impl):
     )
     wide = cases.to(case, dtype=torch.float64)
     omega = torch.full((7,), case.omega, device=cases.DEVICE, dtype=torch.float64)
-    truth = reference.row_stats(wide.hidden @ wide.weight.t(), wide.teacher, wide.bias, wide.labels, omega, case.options)
+    truth = reference.row_stats(
+        wide.hidden @ wide.weight.t(), wide.teacher, wide.bias, wide.labels, omega, case.options
+    )
     for name, got, want in zip(result.stats._fields, result.stats, truth):
         assert torch.allclose(got.double(), want, rtol=1e-5, atol=1e-6), name
         assert not got.requires_grad

@@ -84,7 +84,11 @@ def test_no_gradient_work_without_gradients(impl, monkeypatch):
 
 @pytest.mark.parametrize(
     ("impl", "teacher", "reduction"),
-    [*((i, "hidden", "mean") for i in ("auto", "triton", "reference")), ("auto", "logits", "none"), ("auto", "none", "mean")],
+    [
+        *((i, "hidden", "mean") for i in ("auto", "triton", "reference")),
+        ("auto", "logits", "none"),
+        ("auto", "none", "mean"),
+    ],
 )
 def test_compile_fullgraph(impl, teacher, reduction):
     """One graph, the same numbers as without, also for another number of rows and another omega."""
@@ -233,7 +237,11 @@ def test_module(impl):
     states = torch.randn(3, 4, 6, device=cases.DEVICE)
     weight_t = torch.randn(40, 6, device=cases.DEVICE)
     got = module(
-        case.hidden.view(3, 4, -1), case.weight, case.labels.view(3, 4), teacher=TeacherHidden(states, weight_t), omega=0.3
+        case.hidden.view(3, 4, -1),
+        case.weight,
+        case.labels.view(3, 4),
+        teacher=TeacherHidden(states, weight_t),
+        omega=0.3,
     )
     want = linear_distill_loss(
         case.hidden, case.weight, case.labels, teacher=TeacherHidden(states.view(12, 6), weight_t), omega=0.3,

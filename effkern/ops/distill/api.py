@@ -1,6 +1,6 @@
 """`linear_distill_loss`: output layer, hard-label loss and distillation loss in one op that never holds N x V.
 
-    N tokens, D hidden size, V vocabulary; shape letters on tensors
+N tokens, D hidden size, V vocabulary; shape letters on tensors
 """
 
 from typing import Any
@@ -11,7 +11,6 @@ from torch import Tensor
 from effkern.ops import registry
 from effkern.ops.distill import checks, gemm
 from effkern.ops.distill import schema as _schema  # noqa: F401  (defines the operators)
-from effkern.ops.distill.schema import grad_dtype
 from effkern.ops.distill.types import DistillResult, DistillStats, Teacher, TeacherHidden, TeacherLogits
 
 OP = "linear_distill_loss"

@@ -45,7 +45,7 @@ def number(name: str, x: Any, *, low: float, high: float = math.inf, open_low: b
     if high < math.inf:
         rule = f"lie in [{low:g}, {high:g}]"
     else:
-        rule = ("be finite" if low == -math.inf else f"be {'>' if open_low else '>='} {low:g} and finite")
+        rule = "be finite" if low == -math.inf else f"be {'>' if open_low else '>='} {low:g} and finite"
     fail(ValueError, name, rule, x)
 
 
@@ -63,7 +63,12 @@ def check_tensors(
     if weight.shape[0] == 0:
         fail(ValueError, "weight", "have at least one row", f"shape {list(weight.shape)}")
     if weight.dtype != hidden.dtype and not torch.is_autocast_enabled(device.type):
-        fail(TypeError, "weight", f"have the dtype of hidden ({str(hidden.dtype)[6:]}) outside autocast", str(weight.dtype)[6:])
+        fail(
+            TypeError,
+            "weight",
+            f"have the dtype of hidden ({str(hidden.dtype)[6:]}) outside autocast",
+            str(weight.dtype)[6:],
+        )
     tensor("labels", labels, (hidden.shape[0],), device, (torch.int64, torch.int32))
     if bias is not None:
         tensor("bias", bias, (weight.shape[0],), device)
@@ -84,7 +89,7 @@ def check_teacher(teacher: Any, hidden: Tensor, vocab: int) -> None:
     """Teacher side: sizes, layout, and enough vocabulary."""
     rows, device = hidden.shape[0], hidden.device
     if isinstance(teacher, TeacherLogits):
-        name, vocab_size = "teacher.logits", teacher.logits
+        name = "teacher.logits"
         tensor(name, teacher.logits, (rows, None), device)
         if rows > 0 and teacher.logits.shape[1] > 1 and teacher.logits.stride(1) != 1:
             fail(ValueError, name, "have stride 1 along the vocabulary", f"strides {list(teacher.logits.stride())}")
@@ -94,7 +99,12 @@ def check_teacher(teacher: Any, hidden: Tensor, vocab: int) -> None:
         tensor("teacher.hidden", teacher.hidden, (rows, None), device)
         tensor(name, teacher.weight, (None, teacher.hidden.shape[1]), device)
         if teacher.weight.dtype != teacher.hidden.dtype and not torch.is_autocast_enabled(device.type):
-            fail(TypeError, name, f"have the dtype of teacher.hidden ({str(teacher.hidden.dtype)[6:]}) outside autocast", str(teacher.weight.dtype)[6:])
+            fail(
+                TypeError,
+                name,
+                f"have the dtype of teacher.hidden ({str(teacher.hidden.dtype)[6:]}) outside autocast",
+                str(teacher.weight.dtype)[6:],
+            )
         if teacher.bias is not None:
             tensor("teacher.bias", teacher.bias, (teacher.weight.shape[0],), device)
         number("teacher.logit_scale", teacher.logit_scale, low=-math.inf)
@@ -122,7 +132,12 @@ def check_numbers(
         if omega.dim() > 0:
             tensor("omega", omega, (hidden.shape[0],), hidden.device)
         elif omega.device != hidden.device or omega.dtype not in FLOATING:
-            fail(ValueError, "omega", f"be a number or a floating tensor on {hidden.device}", f"{omega.dtype} on {omega.device}")
+            fail(
+                ValueError,
+                "omega",
+                f"be a number or a floating tensor on {hidden.device}",
+                f"{omega.dtype} on {omega.device}",
+            )
         if teacher is None:
             fail(ValueError, "omega", "be None or 0 without a teacher", "a tensor")
     elif omega is not None:
@@ -144,7 +159,12 @@ def check_numbers(
             fail(ValueError, "denom", f"be None with reduction={reduction!r}", denom)
         if isinstance(denom, Tensor):
             if denom.dim() != 0 or denom.device != hidden.device:
-                fail(ValueError, "denom", f"be a number or a 0-d tensor on {hidden.device}", f"shape {list(denom.shape)} on {denom.device}")
+                fail(
+                    ValueError,
+                    "denom",
+                    f"be a number or a 0-d tensor on {hidden.device}",
+                    f"shape {list(denom.shape)} on {denom.device}",
+                )
         else:
             number("denom", denom, low=0, open_low=True)
     if chunk_bytes is not None:

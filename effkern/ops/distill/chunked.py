@@ -1,6 +1,6 @@
 """The chunk driver: products, row pass, products, one chunk of rows at a time; N x V never exists.
 
-    N rows, C rows of a chunk, V vocabulary, D and Dt hidden sizes of student and teacher
+N rows, C rows of a chunk, V vocabulary, D and Dt hidden sizes of student and teacher
 """
 
 from collections.abc import Callable

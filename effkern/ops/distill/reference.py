@@ -1,7 +1,7 @@
 """The loss in plain PyTorch, in the paper's symbols: the oracle of every other implementation.
 
-    z student logits, u teacher logits, q = softmax(z / T), p = softmax(u / T'), y label, eps label smoothing
-    L_n = (1 - omega) CE_n + omega D(p_n, q_n) + c lse(z_n)^2
+z student logits, u teacher logits, q = softmax(z / T), p = softmax(u / T'), y label, eps label smoothing
+L_n = (1 - omega) CE_n + omega D(p_n, q_n) + c lse(z_n)^2
 """
 
 from __future__ import annotations

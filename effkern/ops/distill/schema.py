@@ -104,7 +104,7 @@ _library.impl("linear_distill_fwd", _run, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("effkern::linear_distill_fwd", lib=_library)
-def _fake(hidden, weight, bias, labels, *rest):  # type: ignore[no-untyped-def]
+def _fake(hidden, weight, bias, labels, *rest):
     compute_dtype, needs = rest[-4], rest[-2]
     acc = torch.promote_types(compute_dtype, torch.float32)
 
@@ -120,5 +120,5 @@ def _fake(hidden, weight, bias, labels, *rest):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("effkern::distill_rows_", lib=_library)
-def _fake_rows(*args) -> None:  # type: ignore[no-untyped-def]
+def _fake_rows(*args) -> None:
     return None

@@ -16,6 +16,9 @@ from effkern.ops.distill.rows import DIVERGENCES, RowOptions
 # registers; not yet timed on a GPU.
 LAUNCH = [(1024, 1024, 8), (1 << 31, 2048, 8)]
 
+# Left alone, the assembler aims at 48 or 80 registers and spills a few scalars to get there.
+MAX_REGISTERS = 96
+
 
 @triton.jit
 def _finish(raw, bias_ptr, cols, mask, logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
@@ -180,7 +183,8 @@ def triton_rows(
         1.0 / options.temperature, 1.0 / options.teacher_temperature, options.label_smoothing, options.z_loss,
         options.softcap or 1.0, options.logit_scale,
         HAS_TEACHER=teacher_RV is not None, HAS_BIAS=bias_V is not None, HAS_CAP=options.softcap is not None,
-        TEMPERED=options.temperature != 1.0, WANT_GRAD=grad_dtype is not None, BLOCK=block, num_warps=warps,
+        TEMPERED=options.temperature != 1.0, WANT_GRAD=grad_dtype is not None, BLOCK=block,
+        num_warps=warps, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     return None if grad_dtype is None else grad
 
@@ -192,10 +196,10 @@ def _compile_case(block: int, warps: int, grad: str, **flags: bool) -> tuple:
         "logits_ptr": "*fp32", "teacher_ptr": "*fp32", "bias_ptr": "*fp32", "labels_ptr": "*i64", "scale_ptr": "*fp32",
         "omega_ptr": "*fp32", "stats_ptr": "*fp32", "grad_ptr": grad,
     }  # fmt: skip
-    strides = {name: "i32:16" for name in ("vocab", "logits_stride", "teacher_stride", "stats_stride", "grad_stride")}
+    strides = dict.fromkeys(("vocab", "logits_stride", "teacher_stride", "stats_stride", "grad_stride"), "i32:16")
     numbers = ("inverse_q", "inverse_p", "label_smoothing", "z_loss", "softcap", "logit_scale")
-    signature = {**pointers, **strides, "ignore_index": "i32", **{name: "fp32" for name in numbers}}
-    return distill_rows_kernel, signature, {**on, "BLOCK": block}, warps
+    signature = {**pointers, **strides, "ignore_index": "i32", **dict.fromkeys(numbers, "fp32")}
+    return distill_rows_kernel, signature, {**on, "BLOCK": block}, {"num_warps": warps, "maxnreg": MAX_REGISTERS}
 
 
 COMPILE_CASES = {

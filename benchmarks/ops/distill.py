@@ -1,0 +1,285 @@
+"""linear_distill_loss, forward and backward, beside the bare matrix products, eager, torch.compile and Liger.
+
+    python -m benchmarks.ops.distill                     teacher logits given (three products)
+    python -m benchmarks.ops.distill --case hidden       the teacher's output layer inside (four products)
+    python -m benchmarks.ops.distill --case hard         no teacher: cross entropy alone
+    python -m benchmarks.ops.distill --rows-only         the C++ row pass alone, ns per logit
+    python -m benchmarks.ops.distill --tiles             width of the vocabulary tile in the logits' product
+
+The floor is the matrix products alone, into buffers that exist, all rows at once.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+# First, as it sets the thread policy before torch is imported.
+from benchmarks import runner  # isort: skip
+
+import torch
+import torch.nn.functional as F
+
+from effkern import TeacherHidden, TeacherLogits, linear_distill_loss
+from effkern.ops.distill import gemm
+
+OMEGA, CHECK_ROWS = 0.5, 64
+
+
+@dataclass
+class Inputs:
+    """Tensors of one case; the teacher comes as logits, as hidden states, or not at all."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    labels: torch.Tensor
+    teacher_logits: torch.Tensor | None
+    teacher_hidden: torch.Tensor | None
+    teacher_weight: torch.Tensor | None
+
+
+def make(case: str, rows: int, dim: int, vocab: int, teacher_dim: int, dtype: torch.dtype, device: str) -> Inputs:
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, dim, device=device).to(dtype)
+    weight = (torch.randn(vocab, dim, device=device) * 2 / dim**0.5).to(dtype)
+    logits = torch.randn(rows, vocab, device=device).to(dtype) * 2 if case == "logits" else None
+    states = torch.randn(rows, teacher_dim, device=device).to(dtype) if case == "hidden" else None
+    head = (
+        (torch.randn(vocab, teacher_dim, device=device) * 2 / teacher_dim**0.5).to(dtype) if case == "hidden" else None
+    )
+    labels = torch.randint(0, vocab, (rows,), device=device)
+    return Inputs(hidden.requires_grad_(), weight.requires_grad_(), labels, logits, states, head)
+
+
+def effkern_loss(x: Inputs) -> torch.Tensor:
+    teacher: TeacherLogits | TeacherHidden | None = None
+    if x.teacher_logits is not None:
+        teacher = TeacherLogits(x.teacher_logits)
+    elif x.teacher_hidden is not None and x.teacher_weight is not None:
+        teacher = TeacherHidden(x.teacher_hidden, x.teacher_weight)
+    omega, t = (None, None) if teacher is None else (OMEGA, 1.0)
+    return linear_distill_loss(
+        x.hidden, x.weight, x.labels, teacher=teacher, omega=omega, temperature=t, teacher_temperature=t
+    ).loss
+
+
+def plain_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor | None
+) -> torch.Tensor:
+    """The loss as one writes it by hand."""
+    logits = hidden @ weight.t()
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logits = logits.to(wide)
+    hard = F.cross_entropy(logits, labels)
+    if teacher is None:
+        return hard
+    soft = F.kl_div(
+        F.log_softmax(logits, -1), F.log_softmax(teacher.to(wide), -1), reduction="batchmean", log_target=True
+    )
+    return (1 - OMEGA) * hard + OMEGA * soft
+
+
+def eager_loss(x: Inputs, plain: Callable = plain_loss) -> torch.Tensor:
+    teacher = x.teacher_logits
+    if x.teacher_hidden is not None and x.teacher_weight is not None:
+        teacher = x.teacher_hidden @ x.teacher_weight.t()
+    return plain(x.hidden, x.weight, x.labels, teacher)
+
+
+def liger_loss() -> Callable[[Inputs], torch.Tensor] | str:
+    """Liger's chunked loss (beta = 0 is forward KL), or why it cannot run."""
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    except ImportError as error:
+        return f"Liger-Kernel: {error}"
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=1 - OMEGA, weight_soft_loss=OMEGA, beta=0.0)
+
+    def run(x: Inputs) -> torch.Tensor:
+        return loss(x.hidden, x.weight, x.teacher_hidden, x.teacher_weight, x.labels)
+
+    return run
+
+
+def step(x: Inputs, loss: Callable[[Inputs], torch.Tensor]) -> Callable[[], None]:
+    """Forward and backward from empty gradients, as a training step has it."""
+
+    def run() -> None:
+        x.hidden.grad = x.weight.grad = None
+        loss(x).backward()
+
+    return run
+
+
+def products(x: Inputs) -> Callable[[], None]:
+    """The floor: logits, both gradients, and the teacher's logits where it comes as hidden states."""
+    hidden, weight = x.hidden.detach(), x.weight.detach()
+    logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
+
+    def run() -> None:
+        if x.teacher_hidden is not None and x.teacher_weight is not None:
+            torch.mm(x.teacher_hidden, x.teacher_weight.t(), out=logits)
+        torch.mm(hidden, weight.t(), out=logits)
+        torch.mm(logits, weight, out=grad_hidden)
+        torch.mm(logits.t(), hidden, out=grad_weight)
+
+    return run
+
+
+def variants(x: Inputs, names: list[str]) -> dict[str, Callable[[], None]]:
+    made: dict[str, Callable[[], None]] = {}
+    for name in names:
+        if name == "products":
+            made[name] = products(x)
+        elif name == "effkern":
+            made[name] = step(x, effkern_loss)
+        elif name == "eager":
+            made[name] = step(x, eager_loss)
+        elif name == "torch.compile":
+            compiled = torch.compile(plain_loss)
+            made[name] = step(x, lambda x, c=compiled: eager_loss(x, c))  # type: ignore[misc]
+        elif name == "liger chunked (compiled)":
+            liger = liger_loss()
+            if isinstance(liger, str):
+                print(f"left out: {liger}")
+            else:
+                made[name] = step(x, liger)
+    return made
+
+
+def check(x: Inputs) -> None:
+    """No number on a wrong result: the loss and both gradients of the first rows against eager in float64."""
+
+    def copy(wide: bool) -> Inputs:
+        def one(t: torch.Tensor | None, rows: int | None = CHECK_ROWS) -> torch.Tensor | None:
+            if t is None:
+                return None
+            part = t.detach()[:rows].clone()
+            return part.double() if wide and part.is_floating_point() else part
+
+        hidden, weight, labels = one(x.hidden), one(x.weight, None), one(x.labels)
+        assert hidden is not None
+        assert weight is not None
+        assert labels is not None
+        teacher = one(x.teacher_logits), one(x.teacher_hidden), one(x.teacher_weight, None)
+        return Inputs(hidden.requires_grad_(), weight.requires_grad_(), labels, *teacher)
+
+    narrow, wide = copy(wide=False), copy(wide=True)
+    loss, truth = effkern_loss(narrow), eager_loss(wide)
+    loss.backward()
+    truth.backward()
+    bound = 1e-5 if x.hidden.dtype == torch.float32 else 2e-2
+    pairs = ((loss, truth), (narrow.hidden.grad, wide.hidden.grad), (narrow.weight.grad, wide.weight.grad))
+    for got, want in pairs:
+        assert got is not None
+        assert want is not None
+        error = ((got.double() - want).norm() / want.norm()).item()
+        if not error <= bound:
+            raise SystemExit(f"wrong result: relative error {error:.1e} > {bound:.0e}; nothing is timed")
+
+
+def rows_only(vocab: int, rounds: int) -> None:
+    """The row pass alone on one thread, with logits from memory, beside a copy of the same bytes."""
+    torch.set_num_threads(1)
+    rows = 256
+    z, u = torch.randn(rows, vocab), torch.randn(rows, vocab)
+    labels, scale, stats = torch.randint(0, vocab, (rows,)), torch.ones(rows), torch.empty(11, rows)
+    linear_distill_loss(torch.randn(2, 4), torch.randn(3, 4), torch.zeros(2, dtype=torch.int64), impl="cpp")
+
+    def run(teacher: torch.Tensor | None, grad: bool) -> Callable[[], None]:
+        omega = torch.full((rows,), 0.0 if teacher is None else OMEGA)
+        op = torch.ops.effkern.distill_rows_
+        return lambda: op(
+            z, teacher, None, labels, scale, omega, stats, 0, grad, False, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, -100
+        )
+
+    cases = {
+        "copy (8 bytes a logit)": lambda: z.copy_(u),
+        "kl + gradient": run(u, True),
+        "kl, evaluation": run(u, False),
+        "kl + gradient, bf16 teacher": run(u.bfloat16(), True),
+        "hard + gradient": run(None, True),
+        "hard, evaluation": run(None, False),
+    }
+    best = {name: float("inf") for name in cases}
+    for _ in range(rounds):
+        for name, call in cases.items():
+            z.normal_()
+            start = time.process_time()
+            call()
+            best[name] = min(best[name], time.process_time() - start)
+    for name, seconds in best.items():
+        print(f"{name:<28} {seconds / rows / vocab * 1e9:.2f} ns per logit and core")
+
+
+def tiles(rows: int, dim: int, vocab: int, rounds: int) -> None:
+    """The product of one chunk's logits, one tile of the vocabulary at a time."""
+    hidden, weight, out = torch.randn(rows, dim), torch.randn(vocab, dim), torch.empty(rows, vocab)
+
+    def tiled(width: int) -> Callable[[], None]:
+        def run() -> None:
+            for v in range(0, vocab, width):
+                torch.mm(hidden, weight[v : v + width].t(), out=out[:, v : v + width])
+
+        return run
+
+    cases: dict[str, Callable[[], object]] = {f"{w} columns": tiled(w) for w in (500, 1000, gemm.CPU_TILE, 4000, 8000)}
+    print(runner.table(runner.interleave({"one product": tiled(vocab), **cases}, rounds), "one product", {}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=["logits", "hidden", "hard"], default="logits")
+    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--teacher-dim", type=int, default=512)
+    parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
+    parser.add_argument("--no-memory", action="store_true", help="times only")
+    parser.add_argument("--rows-only", action="store_true")
+    parser.add_argument("--tiles", action="store_true")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.device == "cpu":
+        torch.set_num_threads(a.threads)
+    if a.rows_only:
+        return rows_only(a.vocab, 3 * a.rounds)
+    if a.tiles:
+        return tiles(256, a.dim, a.vocab, a.rounds)
+    shape = (a.case, a.rows, a.dim, a.vocab, a.teacher_dim, getattr(torch, a.dtype), a.device)
+    if a.peak_of:
+        print(runner.peak_memory(lambda: variants(make(*shape), [a.peak_of])[a.peak_of]))
+        return None
+
+    names = ["products", "effkern", "torch.compile", "eager"]
+    if a.case == "hidden":
+        names.insert(2, "liger chunked (compiled)")
+    x = make(*shape)
+    check(x)
+    runs = variants(x, names)
+    timings = runner.interleave(runs, a.rounds)
+    extra: dict[str, dict] = {}
+    if a.device == "cpu" and not a.no_memory:
+        options = [f"--{k}={getattr(a, k.replace('-', '_'))}" for k in
+                   ("case", "rows", "dim", "teacher-dim", "vocab", "dtype", "device", "threads")]  # fmt: skip
+        for name in runs:
+            if name != "products":
+                peak = int(runner.in_fresh_process("benchmarks.ops.distill", *options, f"--peak-of={name}"))
+                extra[name] = {"peak_mib": peak / 2**20}
+    case = {k: getattr(a, k) for k in ("case", "rows", "dim", "teacher_dim", "vocab", "dtype", "device")}
+    if a.json:
+        print("\n".join(runner.result_lines("distill", case, timings, extra)))
+    else:
+        print(json.dumps({**case, **runner.machine()}))
+        print(runner.table(timings, "products", extra))
+        print("peak: resident memory beyond inputs and the two gradients")
+    return None
+
+
+if __name__ == "__main__":
+    main()
