@@ -12,6 +12,9 @@ import torch
 
 from effkern import cli
 
+for _name in ("numpy", "tokenizers", "safetensors", "tyro", "rich"):
+    pytest.importorskip(_name)
+
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = """
 [model]

@@ -34,7 +34,8 @@ class Checkpoint:
     tensors: dict[str, dict[str, Tensor]]
     data: dict[str, Any]
     path: Path | None = None
-    problems: list[str] = field(default_factory=list)
+    problems: dict[Path, str] = field(default_factory=dict)
+    """Newer checkpoints that are not intact, and what is wrong with them."""
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -116,6 +117,13 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, keep_last: int) -> Path:
     return final
 
 
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint to damaged-step-XXXXXXXX, so that it no longer counts among the last ones kept."""
+    target = path.with_name(f"damaged-{path.name}")
+    shutil.rmtree(target, ignore_errors=True)
+    return path.rename(target)
+
+
 def read_meta(path: Path) -> dict[str, Any]:
     """meta.json of a checkpoint, checked against its own hash. Raises CheckpointError."""
     try:
@@ -165,17 +173,17 @@ def load_newest(root: Path) -> Checkpoint | None:
     Raises:
         CheckpointError: there are some and none is intact.
     """
-    problems: list[str] = []
+    problems: dict[Path, str] = {}
     for path in reversed(list_checkpoints(root)):
         try:
             checkpoint = load_checkpoint(path)
         except CheckpointError as error:
-            problems.append(str(error))
+            problems[path] = str(error)
         else:
             checkpoint.problems = problems
             return checkpoint
     if problems:
-        raise CheckpointError("no checkpoint is intact, nothing was overwritten:\n  " + "\n  ".join(problems))
+        raise CheckpointError("no checkpoint is intact, nothing was overwritten:\n  " + "\n  ".join(problems.values()))
     return None
 
 

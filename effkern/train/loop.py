@@ -12,7 +12,7 @@ import torch
 
 from effkern.data import BatchOrder, PackedDataset, val_batches
 from effkern.models import Decoder, count_parameters
-from effkern.train.checkpoint import CheckpointError, load_newest, save_checkpoint
+from effkern.train.checkpoint import CheckpointError, load_newest, save_checkpoint, set_aside
 from effkern.train.config import TrainConfig
 from effkern.train.device import choose_device, choose_precision, set_threads
 from effkern.train.evaluate import EvalResult, evaluate
@@ -116,7 +116,8 @@ class Trainer:
             check_same_run(found, self.config, self.inputs)
             self.inputs = replace(self.inputs, teacher=found.data["inputs"]["teacher"])
             self.state = restore(found, self.model, self.optimizer)
-            self._notes += [f"skipped: {problem}" for problem in found.problems]
+            for path, problem in found.problems.items():
+                self._notes.append(f"skipped and renamed to {set_aside(path).name}: {problem}")
             self._saved_step = found.step
             self._notes.append(f"resumed {found.path} at step {found.step}")
         elif self.config.run.restart:

@@ -146,9 +146,9 @@ def test_a_damaged_newest_one_is_named_and_the_previous_used(tmp_path, file, dam
     damage(broken / file)
     found = load_newest(tmp_path)
     assert found.step == 1
-    assert len(found.problems) == 1
-    assert str(broken) in found.problems[0]
-    assert message in found.problems[0]
+    assert list(found.problems) == [broken]
+    assert str(broken) in found.problems[broken]
+    assert message in found.problems[broken]
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(broken)
     assert resolve_checkpoint(tmp_path) == tmp_path / "step-00000001"

@@ -15,7 +15,7 @@ from effkern.train.log import read_log
 from effkern.train.loop import train
 from effkern.train.mapping import flatten
 from effkern.train.restore import load_model, weights_digest
-from tests.train.conftest import STEPS, at
+from tests.train.fixtures import STEPS, at
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = ("tokens_per_s", "wall_s")

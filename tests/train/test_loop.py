@@ -17,7 +17,7 @@ from effkern.train.lock import RunLock
 from effkern.train.log import read_log, truncate_log
 from effkern.train.loop import Trainer, TrainingDiverged, train
 from effkern.train.restore import load_model, weights_digest
-from tests.train.conftest import at
+from tests.train.fixtures import at
 
 TIMES = ("tokens_per_s", "wall_s")
 
@@ -176,7 +176,12 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(salt, w
     newest = tmp_path / "checkpoints" / "step-00000016" / "model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
     result = train(config)
-    assert f"skipped: checkpoint {newest.parent}: model.safetensors is cut short" in capsys.readouterr().out
+    expected = (
+        f"skipped and renamed to damaged-step-00000016: checkpoint {newest.parent}: model.safetensors is cut short"
+    )
+    assert expected in capsys.readouterr().out
+    left = sorted(path.name for path in newest.parent.parent.iterdir())
+    assert left == ["damaged-step-00000016", "step-00000014", "step-00000020"]
     assert result.finished
     # The log had gone on to step 16; it was cut back to step 14 and has no step twice.
     assert curve(tmp_path) == curve(whole[0])
@@ -335,3 +340,15 @@ def test_tensorboard_and_plot(salt, tmp_path):
     logged = {e.step: e.value for e in events.Scalars("train/ce")}
     expected = {r["step"]: r["ce"] for r in read_log(tmp_path / "log.jsonl") if r["kind"] == "train"}
     assert logged == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_cuda_run_follows_the_cpu_run_and_resumes(salt, whole, tmp_path, precision):
+    config = at(salt, tmp_path, run__device="cuda", run__precision=precision)
+    stop_after(Trainer(config, quiet=True), 6).run()
+    result = train(config, quiet=True)
+    assert result.finished
+    tolerance = 1e-3 if precision == "fp32" else 2e-2
+    for found, expected in zip(result.evals, whole[1].evals):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=tolerance)
