@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 TORCH  ?= torch==2.13.0
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test lint bench triton-sanitizer clean
 
 install: $(VENV)/.installed
 
@@ -21,8 +21,19 @@ $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*/*)
 demo: install
 	$(BIN)/effkern demo
 
+# Also the slow tests, which plain pytest leaves out.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+bench: install
+	$(BIN)/python -m benchmarks
+
+# Runs the Triton kernels on the CPU and stops at accesses out of bounds and races. The tool's metadata ask for a newer
+# Python than it needs. Half-precision products exist on a GPU only.
+triton-sanitizer: install
+	$(BIN)/pip install -q --no-deps --ignore-requires-python ttsem==0.1.0
+	TRITON_INTERPRET=0 $(BIN)/python -m ttsem.sanitize pytest -q tests/ops/test_distill.py \
+		-k "triton and not half and not bfloat16"
 
 lint: install
 	$(BIN)/ruff check .

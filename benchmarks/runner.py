@@ -92,6 +92,15 @@ def peak_memory(prepare: Callable[[], Callable[[], object]]) -> int:
     return status("VmHWM:") - before
 
 
+def peak_device_memory(run: Callable[[], object]) -> int:
+    """The same on a GPU, from its allocator."""
+    run()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def in_fresh_process(module: str, *args: str) -> str:
     """Standard output of `python -m module args`, with malloc returning large blocks to the system at once."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

@@ -84,3 +84,7 @@ def main(as_json: bool) -> int:
     found = report()
     print(json.dumps(found, indent=2) if as_json else as_table(found))
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(as_json=False))

@@ -271,13 +271,15 @@ def main() -> None:
             if name != "products":
                 peak = int(runner.in_fresh_process("benchmarks.ops.distill", *options, f"--peak-of={name}"))
                 extra[name] = {"peak_mib": peak / 2**20}
+    if a.device != "cpu":
+        extra = {name: {"peak_mib": runner.peak_device_memory(run) / 2**20} for name, run in runs.items()}
     case = {k: getattr(a, k) for k in ("case", "rows", "dim", "teacher_dim", "vocab", "dtype", "device")}
     if a.json:
         print("\n".join(runner.result_lines("distill", case, timings, extra)))
     else:
         print(json.dumps({**case, **runner.machine()}))
         print(runner.table(timings, "products", extra))
-        print("peak: resident memory beyond inputs and the two gradients")
+        print("peak: memory beyond the inputs and the two gradients")
     return None
 
 

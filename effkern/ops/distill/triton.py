@@ -184,7 +184,7 @@ def triton_rows(
         options.softcap or 1.0, options.logit_scale,
         HAS_TEACHER=teacher_RV is not None, HAS_BIAS=bias_V is not None, HAS_CAP=options.softcap is not None,
         TEMPERED=options.temperature != 1.0, WANT_GRAD=grad_dtype is not None, BLOCK=block,
-        num_warps=warps, maxnreg=MAX_REGISTERS,
+        num_warps=warps, maxnreg=MAX_REGISTERS, enable_fp_fusion=True,
     )  # fmt: skip
     return None if grad_dtype is None else grad
 

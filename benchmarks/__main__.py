@@ -1,0 +1,26 @@
+"""python -m benchmarks [op] [options]: one op's benchmark with its own options, or all of them with their defaults."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+OPS = sorted(path.stem for path in (Path(__file__).parent / "ops").glob("*.py") if path.stem != "__init__")
+
+
+def main(arguments: list[str]) -> int:
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(f"{__doc__}\nops: {', '.join(OPS)}; python -m benchmarks OP --help shows the options of one")
+        return 0
+    if arguments and arguments[0] not in OPS:
+        print(f"benchmarks: op must be one of {', '.join(OPS)}, got {arguments[0]!r}", file=sys.stderr)
+        return 2
+    for op in arguments[:1] or OPS:
+        print(f"== {op}", flush=True)
+        done = subprocess.run([sys.executable, "-m", f"benchmarks.ops.{op}", *arguments[1:]], check=False)
+        if done.returncode:
+            return done.returncode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

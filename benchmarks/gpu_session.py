@@ -1,0 +1,111 @@
+"""Everything a machine with a GPU must show, in under 9 minutes: python -m benchmarks.gpu_session
+
+Builds the compiled modules in place, runs the op tests on the device, then the benchmarks, and writes
+benchmarks/results/<date>-<device>.jsonl (one measurement per line) and .md (what ran, what failed, the tables).
+A step that fails or overruns is recorded and the next one starts; exit status 1 if any did.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+PYTHON = sys.executable
+
+SHAPES = [
+    # rows, hidden size of the student, of the teacher, vocabulary
+    (8192, 4096, 4096, 128256),
+    (8192, 1024, 512, 32000),
+]
+
+
+@dataclass
+class Step:
+    """One command: `seconds` is its limit, `lines` says whether it prints measurements as JSON lines."""
+
+    name: str
+    command: list[str]
+    seconds: int
+    lines: bool = False
+
+
+def steps(build_dir: str) -> list[Step]:
+    pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    found = [
+        Step("configure", ["cmake", "-S", ".", "-B", build_dir, "-G", "Ninja", f"-DPython_EXECUTABLE={PYTHON}",
+                           f"-DEFFKERN_OUTPUT_DIR={ROOT / 'effkern'}"], 60),
+        Step("build", ["cmake", "--build", build_dir], 150),
+        Step("doctor", [PYTHON, "-m", "effkern.cli_doctor"], 30),
+        Step("tests of the ops on the device", [*pytest, "tests/ops", "-m", "not slow"], 150),
+    ]  # fmt: skip
+    for rows, dim, teacher_dim, vocab in SHAPES:
+        for case in ("logits", "hidden"):
+            options = f"--case={case} --rows={rows} --dim={dim} --teacher-dim={teacher_dim} --vocab={vocab}".split()
+            command = [PYTHON, "-m", "benchmarks.ops.distill", *options, "--dtype=bfloat16", "--rounds=7", "--json"]
+            found.append(Step(f"distill {case} {rows} x {dim} x {vocab}", command, 60, lines=True))
+    found.append(Step("label_rank", [PYTHON, "-m", "benchmarks.ops.label_rank", "--json"], 60, lines=True))
+    return found
+
+
+def run(step: Step) -> tuple[bool, str, float]:
+    """Whether the step succeeded, what it printed, and how long it took."""
+    start = time.monotonic()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    try:
+        done = subprocess.run(
+            step.command, cwd=ROOT, env=environment, timeout=step.seconds, check=False, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        out = error.stdout.decode() if isinstance(error.stdout, bytes) else (error.stdout or "")
+        return False, out + f"\nstopped after {step.seconds} s", time.monotonic() - start
+    return done.returncode == 0, done.stdout, time.monotonic() - start
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--build-dir", default="build/gpu")
+    a = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("gpu_session: this machine must have a CUDA device; torch sees none", file=sys.stderr)
+        return 2
+    device = torch.cuda.get_device_name()
+    stem = f"{date.today().isoformat()}-{re.sub('[^A-Za-z0-9]+', '-', device)}"
+    measurements: list[str] = []
+    report = [
+        f"# {device}, {date.today().isoformat()}",
+        "",
+        f"torch {torch.__version__}, CUDA {torch.version.cuda}",
+        "",
+    ]
+    failed = []
+    for step in steps(a.build_dir):
+        ok, out, seconds = run(step)
+        print(f"{'ok    ' if ok else 'FAILED'} {seconds:6.1f} s  {step.name}", flush=True)
+        if not ok:
+            failed.append(step.name)
+            print(out[-4000:], flush=True)
+        if step.lines:
+            measurements += [line for line in out.splitlines() if line.startswith("{")]
+        tail = "\n".join(out.splitlines()[-25:])
+        report += [f"## {step.name}: {'ok' if ok else 'failed'}, {seconds:.0f} s", "", "```", tail, "```", ""]
+    a.out.mkdir(parents=True, exist_ok=True)
+    for suffix, text in ((".jsonl", "\n".join(measurements) + "\n"), (".md", "\n".join(report))):
+        temporary = a.out / f"{stem}{suffix}.tmp"
+        temporary.write_text(text)
+        temporary.replace(a.out / f"{stem}{suffix}")
+    print(f"{len(measurements)} measurements; failed: {', '.join(failed) or 'none'}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
