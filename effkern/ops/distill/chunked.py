@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from effkern.ops.distill import gemm
-from effkern.ops.distill.rows import RowOptions, reference_rows
+from effkern.ops.distill.rows import RowOptions, Rows, reference_rows
 from effkern.ops.distill.types import DistillStats
 
 NUM_STATS = len(DistillStats._fields)
@@ -61,7 +61,7 @@ def chunk_rows(num_rows: int, vocab: int, dim: int, element_bytes: int, budget: 
     return -(-num_rows // num_chunks) if num_chunks else most
 
 
-def row_pass(impl: str) -> Callable[..., Tensor | None]:
+def row_pass(impl: str) -> Callable[[Rows, torch.dtype | None, RowOptions], Tensor | None]:
     """The row pass of an implementation."""
     if impl == "reference":
         return reference_rows
@@ -95,7 +95,7 @@ def run(
         stats, grad_hidden (type of `hidden`), grad_weight and grad_bias (float32, or float64).
     """
     x = inputs
-    rows = row_pass(impl)
+    pass_over = row_pass(impl)
     num_rows, dim = x.hidden_ND.shape
     weight_VD = x.weight_VD[:vocab]
     dtype = x.hidden_ND.dtype
@@ -129,9 +129,8 @@ def run(
         if teacher_CV is not None:
             u = teacher_CV[:size]
             teacher_logits(u, inputs, part, *teacher_cap)
-        grad_CV = rows(
-            z, u, bias_V, x.labels_N[part], x.scale_N[part], x.omega_N[part], stats_SN[:, part], grad_dtype, options
-        )
+        chunk = Rows(z, u, bias_V, x.labels_N[part], x.scale_N[part], x.omega_N[part], stats_SN[:, part])
+        grad_CV = pass_over(chunk, grad_dtype, options)
         if grad_CV is None:
             continue
         if grad_hidden is not None:

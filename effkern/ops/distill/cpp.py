@@ -4,26 +4,15 @@ import torch
 from torch import Tensor
 
 from effkern import native
-from effkern.ops.distill.rows import DIVERGENCES, RowOptions
+from effkern.ops.distill.rows import DIVERGENCES, RowOptions, Rows
 
 
-def cpp_rows(
-    logits_RV: Tensor,
-    teacher_RV: Tensor | None,
-    bias_V: Tensor | None,
-    labels_R: Tensor,
-    scale_R: Tensor,
-    omega_R: Tensor,
-    stats_SR: Tensor,
-    grad_dtype: torch.dtype | None,
-    options: RowOptions,
-) -> Tensor | None:
+def cpp_rows(rows: Rows, grad_dtype: torch.dtype | None, options: RowOptions) -> Tensor | None:
     """See `rows.reference_rows`. A bfloat16 gradient fills the first half of each row of `logits_RV`."""
     native.missing("_C")
-    o = options
+    o, logits_RV = options, rows.logits_RV
     torch.ops.effkern.distill_rows_(
-        logits_RV, teacher_RV, bias_V, labels_R, scale_R, omega_R, stats_SR,
-        DIVERGENCES.index(o.divergence), grad_dtype is not None, grad_dtype == torch.bfloat16,
+        *rows, DIVERGENCES.index(o.divergence), grad_dtype is not None, grad_dtype == torch.bfloat16,
         o.temperature, o.teacher_temperature, o.label_smoothing, o.z_loss, o.softcap or 0.0, o.logit_scale,
         o.ignore_index,
     )  # fmt: skip

@@ -29,23 +29,25 @@ class RowOptions(NamedTuple):
     ignore_index: int = -100
 
 
-def reference_rows(
-    logits_RV: Tensor,
-    teacher_RV: Tensor | None,
-    bias_V: Tensor | None,
-    labels_R: Tensor,
-    scale_R: Tensor,
-    omega_R: Tensor,
-    stats_SR: Tensor,
-    grad_dtype: torch.dtype | None,
-    options: RowOptions,
-) -> Tensor | None:
+class Rows(NamedTuple):
+    """The tensors of one chunk."""
+
+    logits_RV: Tensor
+    teacher_RV: Tensor | None
+    bias_V: Tensor | None
+    labels_R: Tensor
+    scale_R: Tensor
+    omega_R: Tensor
+    stats_SR: Tensor
+
+
+def reference_rows(rows: Rows, grad_dtype: torch.dtype | None, options: RowOptions) -> Tensor | None:
     """Fill `stats_SR`; return d(sum scale * loss)/d(raw logits) as `grad_dtype`, or None where that is None.
 
     The gradient may live in the memory of `logits_RV`. This is the plain PyTorch pass.
     """
-    args = (logits_RV, teacher_RV, bias_V, labels_R, omega_R, options)
-    stats_SR.copy_(reference.row_stats(*args))
+    args = (rows.logits_RV, rows.teacher_RV, rows.bias_V, rows.labels_R, rows.omega_R, options)
+    rows.stats_SR.copy_(reference.row_stats(*args))
     if grad_dtype is None:
         return None
-    return (scale_R[:, None] * reference.row_grad(*args)).to(grad_dtype)
+    return (rows.scale_R[:, None] * reference.row_grad(*args)).to(grad_dtype)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effkern.ops.distill.rows import DIVERGENCES, RowOptions
+from effkern.ops.distill.rows import DIVERGENCES, RowOptions, Rows
 
 # (vocabulary up to, columns per step, warps): one step for small rows; beyond, two 16-byte loads per thread. 4096
 # columns need over 100 registers, which halves the resident warps (tests/native/triton_resources.json). Chosen by
@@ -160,24 +160,15 @@ def distill_rows_kernel(
                 tl.store(stats_ptr + s * stats_stride, 0.0)
 
 
-def triton_rows(
-    logits_RV: Tensor,
-    teacher_RV: Tensor | None,
-    bias_V: Tensor | None,
-    labels_R: Tensor,
-    scale_R: Tensor,
-    omega_R: Tensor,
-    stats_SR: Tensor,
-    grad_dtype: torch.dtype | None,
-    options: RowOptions,
-) -> Tensor | None:
+def triton_rows(rows: Rows, grad_dtype: torch.dtype | None, options: RowOptions) -> Tensor | None:
     """See `rows.reference_rows`. A float32 gradient takes the place of `logits_RV`, a narrower one a new buffer."""
     assert options.divergence == DIVERGENCES[0]
-    rows, vocab = logits_RV.shape
+    logits_RV, teacher_RV, bias_V, labels_R, scale_R, omega_R, stats_SR = rows
+    num_rows, vocab = logits_RV.shape
     block, warps = next((b, w) for limit, b, w in LAUNCH if vocab <= limit)
     grad = logits_RV if grad_dtype in (None, logits_RV.dtype) else torch.empty_like(logits_RV, dtype=grad_dtype)
     teacher = logits_RV if teacher_RV is None else teacher_RV
-    distill_rows_kernel[(rows,)](
+    distill_rows_kernel[(num_rows,)](
         logits_RV, teacher, logits_RV if bias_V is None else bias_V, labels_R, scale_R, omega_R, stats_SR, grad,
         vocab, logits_RV.stride(0), teacher.stride(0), stats_SR.stride(0), grad.stride(0), options.ignore_index,
         1.0 / options.temperature, 1.0 / options.teacher_temperature, options.label_smoothing, options.z_loss,
