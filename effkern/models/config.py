@@ -32,7 +32,7 @@ class DecoderConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
     init_std: float = 0.02
-    """Of the embedding and an untied head. Projections: 1/sqrt(inputs), at the end of a branch over sqrt(2 num_layers)."""
+    """Of the embedding and an untied head. Projections: 1/sqrt(inputs), ends of branches over sqrt(2 num_layers)."""
     residual: str = "add"
     mlp: str = "swiglu"
     stack: str = "plain"
