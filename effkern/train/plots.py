@@ -77,10 +77,10 @@ def plot_comparison(runs: dict[str, Any], switch_tokens: int, path: Path) -> Non
         axis.set_xlabel("million tokens (dashed: teacher unloaded)")
     loss.set_ylabel("validation loss, nats per token")
     flops.set(
-        xlabel="TFLOPs of the student run, teacher's forward passes included", ylabel="validation loss, nats per token"
+        xlabel="TFLOP of the student run with the teacher's forward passes", ylabel="validation loss, nats per token"
     )
     accuracy.set_ylabel("next-token accuracy, %")
-    gap.set_ylabel("SALT minus BASELINE, nats (below 0: SALT better)")
+    gap.set_ylabel("SALT - BASELINE, nats (< 0: SALT better)")
     loss.legend(frameon=False)
     _tidy(axes)
     figure.savefig(path)

@@ -40,11 +40,25 @@ def verdict(findings: dict[str, Any]) -> list[str]:
         f"Training the teacher, not counted above, cost "
         f"{100 * equal['teacher_training_flops_share']:.0f}% of BASELINE's FLOPs."
     )
+    lines.append(_teachers_place(final))
     lines.append(
         "This is ONE seed: +- is the standard error over validation sequences; "
         "it does not say how another seed would come out."
     )
     return lines
+
+
+def _teachers_place(final: dict[str, Any]) -> str:
+    """Whether the students have outgrown their teacher, which decides what the result can be compared with."""
+    loss = {name: final[name]["loss"] for name in ("teacher", "baseline", "salt")}
+    if loss["teacher"] < min(loss["baseline"], loss["salt"]):
+        return (
+            f"With this few tokens the smaller teacher is still ahead of both "
+            f"students (loss {loss['teacher']:.4f}): the gain is that of learning from a better model. The paper's students "
+            "outgrow their teacher; this demo does not show that."
+        )
+    ahead = [name.upper() for name in ("baseline", "salt") if loss[name] <= loss["teacher"]]
+    return f"Ahead of the smaller teacher (loss {loss['teacher']:.4f}) at the end: {', '.join(ahead)}."
 
 
 def _number(value: float | None) -> str:

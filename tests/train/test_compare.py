@@ -72,7 +72,12 @@ def test_flops_count_the_teacher_up_to_the_switch():
 def findings(early, final, error, equal, reach):
     return {
         "at_switch": {"salt": 6.0 + early, "baseline": 6.0},
-        "final": {"salt_minus_baseline": {"difference": final, "validation_standard_error": error}},
+        "final": {
+            "salt_minus_baseline": {"difference": final, "validation_standard_error": error},
+            "teacher": {"loss": 4.9},
+            "baseline": {"loss": 5.0},
+            "salt": {"loss": 5.0 + final},
+        },
         "equal_flops": {
             "salt": None if equal is None else 5.0 + equal,
             "baseline": 5.0,
@@ -86,9 +91,18 @@ def findings(early, final, error, equal, reach):
 @pytest.mark.parametrize(
     ("numbers", "expected", "forbidden"),
     [
-        ((-0.2, -0.03, 0.01, -0.01, 0.9), ["0.2000 nats below", "SALT is better by 0.0300", "after 90%"], "WORSE"),
-        ((0.1, 0.04, 0.01, 0.05, None), ["0.1000 nats above", "SALT is WORSE by 0.0400", "never reaches"], "better"),
-        ((-0.1, -0.01, 0.01, None, 0.99), ["do not differ", "-0.0100 +- 0.0100"], "better"),
+        (
+            (-0.2, -0.03, 0.01, -0.01, 0.9),
+            ["0.2000 nats below", "SALT is better by 0.0300", "after 90%", "does not show that"],
+            "WORSE",
+        ),
+        ((0.1, 0.04, 0.01, 0.05, None), ["0.1000 nats above", "SALT is WORSE by 0.0400", "never reaches"], "better by"),
+        ((-0.1, -0.01, 0.01, None, 0.99), ["do not differ", "-0.0100 +- 0.0100"], "better by"),
+        (
+            (-0.1, -0.2, 0.01, -0.1, 0.8),
+            ["Ahead of the smaller teacher (loss 4.9000) at the end: SALT."],
+            "does not show",
+        ),
     ],
 )
 def test_verdict_follows_the_numbers(numbers, expected, forbidden):
