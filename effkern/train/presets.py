@@ -20,18 +20,18 @@ class Preset:
 
 
 def _demo() -> dict[str, Preset]:
-    # Chosen by short runs: an embedding that starts near 1/sqrt(hidden_size) learns far faster than 0.02 at this
-    # length; omega 0.5 and 0.8 end alike. The teacher gets as many tokens as a student.
+    # Chosen by short runs: an embedding that starts at 0.1 learns far faster than at 0.02, three wide layers faster
+    # than five narrow ones; omega 0.5 and 0.8 end alike. The teacher gets as many tokens as a student.
     student = TrainConfig(
         model=DecoderConfig(
             vocab_size=4096,
             hidden_size=256,
-            num_layers=5,
+            num_layers=3,
             num_heads=4,
             num_kv_heads=2,
-            mlp_size=640,
+            mlp_size=1024,
             max_seq_len=256,
-            init_std=0.0625,
+            init_std=0.1,
         ),
         teacher=TeacherConfig(checkpoint="runs/demo/teacher"),
         data=DataConfig(path="runs/demo/data", seq_len=128, batch_size=8),
@@ -41,7 +41,7 @@ def _demo() -> dict[str, Preset]:
     )
     teacher = replace(
         student,
-        model=replace(student.model, hidden_size=128, num_layers=4, mlp_size=384, init_std=0.1),
+        model=replace(student.model, hidden_size=128, num_layers=4, mlp_size=384),
         teacher=TeacherConfig(),
         optimizer=OptimizerConfig(lr=6e-3, warmup_steps=30),
         schedule=ScheduleConfig(steps=600),

@@ -53,8 +53,8 @@ def _teachers_place(final: dict[str, Any]) -> str:
     loss = {name: final[name]["loss"] for name in ("teacher", "baseline", "salt")}
     if loss["teacher"] < min(loss["baseline"], loss["salt"]):
         return (
-            f"With this few tokens the smaller teacher (loss {loss['teacher']:.4f}) is still ahead of both students: the "
-            "gain is that of learning from a better model. The paper's students outgrow their teacher; "
+            f"With this few tokens the smaller teacher (loss {loss['teacher']:.4f}) is still ahead of both students: "
+            "the gain is that of learning from a better model. The paper's students outgrow their teacher; "
             "this demo does not show that."
         )
     ahead = [name.upper() for name in ("baseline", "salt") if loss[name] <= loss["teacher"]]
