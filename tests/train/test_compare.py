@@ -93,10 +93,21 @@ def findings(early, final, error, equal, reach):
     [
         (
             (-0.2, -0.03, 0.01, -0.01, 0.9),
-            ["0.2000 nats below", "SALT is better by 0.0300", "after 90%", "does not show that"],
+            [
+                "0.2000 nats below",
+                "SALT is better by 0.0300",
+                "after 90%",
+                "does not show that",
+                "40% of BASELINE's FLOPs: more than the 10%",
+                "exists already",
+            ],
             "WORSE",
         ),
-        ((0.1, 0.04, 0.01, 0.05, None), ["0.1000 nats above", "SALT is WORSE by 0.0400", "never reaches"], "better by"),
+        (
+            (0.1, 0.04, 0.01, 0.05, None),
+            ["0.1000 nats above", "SALT is WORSE by 0.0400", "never reaches", "more than the 0%"],
+            "exists already",
+        ),
         ((-0.1, -0.01, 0.01, None, 0.99), ["do not differ", "-0.0100 +- 0.0100"], "better by"),
         (
             (-0.1, -0.2, 0.01, -0.1, 0.8),
