@@ -31,7 +31,6 @@ def registered() -> dict[str, tuple[Implementation, ...]]:
     return dict(_REGISTRY)
 
 
-@torch.compiler.assume_constant_result
 def choose(op: str, impl: str, device: torch.device) -> str:
     """Name of the implementation that `impl` means for `op` on `device`.
 
@@ -50,6 +49,11 @@ def choose(op: str, impl: str, device: torch.device) -> str:
             return impl
     names = ", ".join(repr(n) for n in ("auto", *(i.name for i in implementations)))
     raise ValueError(f"{op}: impl must be one of {names}, got {impl!r}")
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes longer than all of
+# effkern: a traced call takes the choice as it stands.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def reference() -> Implementation:
