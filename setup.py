@@ -35,5 +35,7 @@ class CMakeBuild(build_ext):
 
 setup(
     ext_modules=[] if PURE else [Extension("effkern._C", sources=[])],
+    # A pure wheel made in a built tree must not carry its modules.
+    exclude_package_data={"effkern": ["*.so"]} if PURE else {},
     cmdclass={} if PURE else {"build_ext": CMakeBuild},
 )

@@ -35,7 +35,7 @@ def report() -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "python": platform.python_version(),
         },
-        "modules": {name: {"what": what, "problem": native.missing(name)} for name, what in MODULES.items()},
+        "modules": {name: {"what": what, "problem": native.load(name)} for name, what in MODULES.items()},
         "cpu": {
             "clones": list(native.CPU_CLONES),
             "used": native.cpu_clone(),

@@ -5,20 +5,23 @@ costs speed and never a feature (`EFFKERN_PURE=1` installs without them).
 """
 
 import os
-import platform
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 
+# In the order of the numbers that csrc/cpu/clones.cpp reports.
 CPU_CLONES = ("x86-64-v4", "x86-64-v3", "default")
 CUDA_ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
 
+_library = torch.library.Library("effkern", "FRAGMENT")
+_library.define("cpu_clone() -> int")
+
 
 @cache
-def missing(module: str) -> str | None:
-    """Import `effkern.<module>`; None if it works, else the reason why it does not, as one sentence."""
+def load(module: str) -> str | None:
+    """Import `effkern.<module>`; None if that works, else the reason why it does not, as one sentence."""
     if find_spec(f"effkern.{module}") is None:
         return f"effkern.{module} was not built"
     if module == "_C_cuda" and torch.version.cuda is None:
@@ -37,11 +40,8 @@ def triton_missing() -> str | None:
 
 
 def cpu_clone() -> str:
-    """The clone of the CPU kernels that the loader picks on this machine."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return "default"
-    capability = torch.backends.cpu.get_cpu_capability()
-    return {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}.get(capability, "default")
+    """The clone of the CPU kernels that runs on this machine, as the compiled module reports it; "none" without it."""
+    return "none" if load("_C") else CPU_CLONES[torch.ops.effkern.cpu_clone()]
 
 
 def triton_interprets() -> bool:

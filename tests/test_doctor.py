@@ -12,14 +12,14 @@ def test_json_names_every_op_and_its_implementation(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["torch"] == torch.__version__
     assert {"linear_distill_loss", "label_rank"} <= set(found["ops"])
-    expected = "reference" if native.missing("_C") else "cpp"
+    expected = "reference" if native.load("_C") else "cpp"
     for op in ("linear_distill_loss", "label_rank"):
         if not native.triton_interprets() or expected == "cpp":
             assert found["ops"][op]["cpu"]["uses"] == expected
 
 
 def test_table_explains_a_missing_module(monkeypatch, capsys):
-    monkeypatch.setattr(native, "missing", lambda module: f"effkern.{module} was not built")
+    monkeypatch.setattr(native, "load", lambda module: f"effkern.{module} was not built")
     monkeypatch.setattr(native, "triton_interprets", lambda: False)
     cli_doctor.main(as_json=False)
     out = capsys.readouterr().out

@@ -11,6 +11,7 @@ The floor is the matrix products alone, into buffers that exist, all rows at onc
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -142,7 +143,7 @@ def variants(x: Inputs, names: list[str]) -> dict[str, Callable[[], None]]:
         elif name == "liger chunked (compiled)":
             liger = liger_loss()
             if isinstance(liger, str):
-                print(f"left out: {liger}")
+                print(f"left out: {liger}", file=sys.stderr)
             else:
                 made[name] = step(x, liger)
     return made

@@ -5,6 +5,7 @@
 // Test builds pin a single clone, so that each is run against the reference.
 #define EFFKERN_CLONES __attribute__((target("arch=" EFFKERN_CPU_CLONE)))
 #elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define EFFKERN_HAS_CLONES
 #define EFFKERN_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define EFFKERN_CLONES

@@ -41,8 +41,9 @@ EFFKERN_INLINE void run_rows(const Chunk& c, int64_t begin, int64_t end) {
       if constexpr (!std::is_void<U>::value) u = static_cast<const U*>(c.teacher) + n * c.teacher_stride;
       stats = row_pass<Divergence, U, Tempered, Grad>(z, u, c.bias, c.vocab, label, c.scale[n], c.omega[n], c.options,
                                                       scratch);
-    } else if (Grad) {
-      // All bits zero is zero in either type.
+    }
+    if (Grad && (label == c.ignore_index || c.scale[n] == 0.0f)) {
+      // A row without weight has no gradient even if it holds inf or NaN. All bits zero is zero in either type.
       for (int64_t v = 0; v < c.vocab; ++v) z[v] = 0.0f;
     }
     const float* values = &stats.loss;
@@ -77,21 +78,24 @@ constexpr Variant VARIANTS[1][3][2][2] = {
      {{kl_float_eval, kl_float_grad}, {kl_float_tempered_eval, kl_float_tempered_grad}},
      {{kl_bfloat16_eval, kl_bfloat16_grad}, {kl_bfloat16_tempered_eval, kl_bfloat16_tempered_grad}}}};
 
+// A dimension of one element has a stride that nobody uses.
+bool packed(const Tensor& x, int64_t dim) { return x.size(dim) <= 1 || x.stride(dim) == 1; }
+
 void distill_rows(Tensor logits, std::optional<Tensor> teacher, std::optional<Tensor> bias, Tensor labels,
                   Tensor scale, Tensor omega, Tensor stats, int64_t divergence, bool want_grad, bool grad_bfloat16,
                   double temperature, double teacher_temperature, double label_smoothing, double z_loss,
                   double softcap, double logit_scale, int64_t ignore_index) {
   const int64_t rows = logits.size(0), vocab = logits.size(1);
   STD_TORCH_CHECK(divergence == 0, "distill_rows_: unknown divergence");
-  STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float && logits.stride(1) == 1,
+  STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float && packed(logits, 1),
                   "distill_rows_: logits must be float32 with stride 1 along the vocabulary");
   STD_TORCH_CHECK(stats.scalar_type() == ScalarType::Float && stats.size(0) == NUM_STATS && stats.size(1) == rows &&
-                      stats.stride(1) == 1,
+                      packed(stats, 1),
                   "distill_rows_: stats must be float32 [11, rows] with stride 1 along the rows");
   STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && omega.scalar_type() == ScalarType::Float &&
-                      scale.size(0) == rows && omega.size(0) == rows && scale.stride(0) == 1 && omega.stride(0) == 1,
+                      scale.size(0) == rows && omega.size(0) == rows && packed(scale, 0) && packed(omega, 0),
                   "distill_rows_: scale and omega must be contiguous float32 [rows]");
-  STD_TORCH_CHECK(labels.size(0) == rows && labels.stride(0) == 1 &&
+  STD_TORCH_CHECK(labels.size(0) == rows && packed(labels, 0) &&
                       (labels.scalar_type() == ScalarType::Long || labels.scalar_type() == ScalarType::Int),
                   "distill_rows_: labels must be contiguous int64 or int32 [rows]");
   int kind = 0;
@@ -99,11 +103,11 @@ void distill_rows(Tensor logits, std::optional<Tensor> teacher, std::optional<Te
     const bool is_float = teacher->scalar_type() == ScalarType::Float;
     STD_TORCH_CHECK(is_float || teacher->scalar_type() == ScalarType::BFloat16,
                     "distill_rows_: teacher must be float32 or bfloat16");
-    STD_TORCH_CHECK(teacher->size(0) == rows && teacher->size(1) >= vocab && teacher->stride(1) == 1,
+    STD_TORCH_CHECK(teacher->size(0) == rows && teacher->size(1) >= vocab && packed(*teacher, 1),
                     "distill_rows_: teacher must be [rows, >= vocab] with stride 1 along the vocabulary");
     kind = is_float ? 1 : 2;
   }
-  STD_TORCH_CHECK(!bias || (bias->scalar_type() == ScalarType::Float && bias->size(0) == vocab && bias->stride(0) == 1),
+  STD_TORCH_CHECK(!bias || (bias->scalar_type() == ScalarType::Float && bias->size(0) == vocab && packed(*bias, 0)),
                   "distill_rows_: bias must be contiguous float32 [vocab]");
 
   Chunk chunk;

@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from effkern.data import fallback
-from effkern.native import missing
+from effkern.native import load
 
-_native: ModuleType = fallback if missing("_data") else import_module("effkern._data")
+_native: ModuleType = fallback if load("_data") else import_module("effkern._data")
 
 
 def pack_tokens(pieces: list[list[int]], vocab_size: int) -> NDArray[np.unsignedinteger]:

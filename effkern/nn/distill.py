@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from effkern.ops.distill import DistillResult, TeacherHidden, TeacherLogits, linear_distill_loss
+from effkern.ops.distill import DistillResult, TeacherHidden, TeacherLogits, checks, linear_distill_loss
 
 
 class LinearDistillLoss(nn.Module):
@@ -14,11 +14,11 @@ class LinearDistillLoss(nn.Module):
     changes (omega, denom) come with each call.
 
     Args:
-        temperature, teacher_temperature: T and T' of the distillation term, > 0.
+        temperature, teacher_temperature: T and T' of the distillation term, > 0; needed as soon as a teacher comes.
         options: any other keyword of `linear_distill_loss` but `teacher`, `omega`, `bias`, `weights` and `denom`.
 
     Raises:
-        TypeError: an unknown option.
+        TypeError, ValueError: an unknown option, or one that breaks its rule; said here, not at the first call.
     """
 
     OPTIONS = frozenset(
@@ -26,11 +26,15 @@ class LinearDistillLoss(nn.Module):
          "reduction", "impl", "chunk_bytes")
     )  # fmt: skip
 
-    def __init__(self, *, temperature: float = 1.0, teacher_temperature: float = 1.0, **options: Any) -> None:
+    def __init__(
+        self, *, temperature: float | None = None, teacher_temperature: float | None = None, **options: Any
+    ) -> None:
         super().__init__()
         unknown = sorted(set(options) - self.OPTIONS)
         if unknown:
             raise TypeError(f"LinearDistillLoss: options must be among {sorted(self.OPTIONS)}, got {unknown}")
+        rules = {k: v for k, v in options.items() if k not in ("vocab_valid", "impl")}
+        checks.check_options(temperature=temperature, teacher_temperature=teacher_temperature, **rules)
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.options = options
@@ -47,23 +51,27 @@ class LinearDistillLoss(nn.Module):
         weights: Tensor | None = None,
         denom: float | Tensor | None = None,
     ) -> DistillResult:
-        """Loss and per-token statistics. hidden [..., D] and labels [...] are flattened to N tokens."""
-        dim = hidden.shape[-1]
+        """Loss and per-token statistics. Leading dimensions of every argument are flattened to N tokens.
+
+        Raises ValueError if the teacher's logits cannot be flattened without a copy: shift the labels, not the logits.
+        """
         if isinstance(teacher, TeacherLogits) and teacher.logits.dim() > 2:
-            teacher = TeacherLogits(teacher.logits.flatten(0, -2))
+            teacher = TeacherLogits(_flat_view(teacher.logits))
         if isinstance(teacher, TeacherHidden) and teacher.hidden.dim() > 2:
             flat = teacher.hidden.reshape(-1, teacher.hidden.shape[-1])
             teacher = TeacherHidden(flat, teacher.weight, teacher.bias, teacher.softcap, teacher.logit_scale)
+        if isinstance(omega, Tensor) and omega.dim() > 1:
+            omega = omega.reshape(-1)
         return linear_distill_loss(
-            hidden.reshape(-1, dim),
+            hidden.reshape(-1, hidden.shape[-1]) if hidden.dim() > 2 else hidden,
             weight,
-            labels.reshape(-1),
+            labels.reshape(-1) if labels.dim() > 1 else labels,
             teacher=teacher,
             omega=omega,
             temperature=self.temperature,
             teacher_temperature=self.teacher_temperature,
             bias=bias,
-            weights=None if weights is None else weights.reshape(-1),
+            weights=weights.reshape(-1) if weights is not None and weights.dim() > 1 else weights,
             denom=denom,
             **self.options,
         )
@@ -71,3 +79,15 @@ class LinearDistillLoss(nn.Module):
     def extra_repr(self) -> str:
         pairs = {"temperature": self.temperature, "teacher_temperature": self.teacher_temperature, **self.options}
         return ", ".join(f"{name}={value!r}" for name, value in pairs.items())
+
+
+def _flat_view(logits: Tensor) -> Tensor:
+    """[..., V] as [N, V] without a copy, which would be N x V."""
+    try:
+        return logits.view(-1, logits.shape[-1])
+    except RuntimeError:
+        strides = list(logits.stride())
+        raise ValueError(
+            "LinearDistillLoss: teacher.logits must flatten to [N, V] without a copy (shift the labels, not the "
+            f"logits), got shape {list(logits.shape)} with strides {strides}"
+        ) from None

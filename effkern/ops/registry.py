@@ -64,14 +64,14 @@ def reference() -> Implementation:
 def cpp() -> Implementation:
     """The C++ CPU kernels of effkern._C."""
     return Implementation(
-        "cpp", lambda device: "C++ kernels need a CPU tensor" if device.type != "cpu" else native.missing("_C")
+        "cpp", lambda device: "C++ kernels need a CPU tensor" if device.type != "cpu" else native.load("_C")
     )
 
 
 def cuda() -> Implementation:
     """The CUDA C++ kernels of effkern._C_cuda."""
     return Implementation(
-        "cuda", lambda device: "CUDA kernels need a CUDA tensor" if device.type != "cuda" else native.missing("_C_cuda")
+        "cuda", lambda device: "CUDA kernels need a CUDA tensor" if device.type != "cuda" else native.load("_C_cuda")
     )
 
 

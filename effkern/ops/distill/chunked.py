@@ -102,8 +102,10 @@ def run(
     acc = gemm.accumulator_dtype(dtype)
     need_hidden, need_weight, need_bias = needs
     grad_dtype = dtype if any(needs) else None
-    bias_V = None if x.bias_V is None else x.bias_V[:vocab].to(acc)
-    kept_N = (x.labels_N != options.ignore_index)[:, None]
+    bias_V = None if x.bias_V is None else x.bias_V[:vocab].to(acc).contiguous()
+    labels_N = x.labels_N.contiguous()
+    kept_N = (labels_N != options.ignore_index)[:, None]
+    weighed_N = kept_N & (x.scale_N != 0)[:, None]
 
     stats_SN = torch.zeros(NUM_STATS, num_rows, dtype=acc, device=x.hidden_ND.device)
     grad_hidden = torch.empty_like(x.hidden_ND, memory_format=torch.contiguous_format) if need_hidden else None
@@ -129,16 +131,17 @@ def run(
         if teacher_CV is not None:
             u = teacher_CV[:size]
             teacher_logits(u, inputs, part, *teacher_cap)
-        chunk = Rows(z, u, bias_V, x.labels_N[part], x.scale_N[part], x.omega_N[part], stats_SN[:, part])
+        chunk = Rows(z, u, bias_V, labels_N[part], x.scale_N[part], x.omega_N[part], stats_SN[:, part])
         grad_CV = pass_over(chunk, grad_dtype, options)
         if grad_CV is None:
             continue
         if grad_hidden is not None:
             gemm.hidden_grad(grad_CV, weight_VD, grad_hidden[part])
         if grad_weight is not None:
-            gemm.add_weight_grad(grad_weight[:vocab], grad_CV, hidden_CD, first=n == 0)
+            weighed_CD = torch.where(weighed_N[part], hidden_CD, 0)
+            gemm.add_weight_grad(grad_weight[:vocab], grad_CV, weighed_CD, first=n == 0)
         if grad_bias is not None:
-            grad_bias[:vocab] += grad_CV.sum(0, dtype=acc)
+            gemm.add_bias_grad(grad_bias[:vocab], grad_CV)
     return stats_SN, grad_hidden, grad_weight, grad_bias
 
 

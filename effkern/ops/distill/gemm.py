@@ -40,7 +40,10 @@ def hidden_grad(grad_CV: Tensor, weight_VD: Tensor, out_CD: Tensor) -> None:
 
 
 def add_weight_grad(total_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor, first: bool) -> None:
-    """total (+)= grad^T hidden; `total` is float32 (float64) whatever the inputs are, and is unread if `first`."""
+    """total (+)= grad^T hidden; `total` is float32 (float64) whatever the inputs are, and is unread if `first`.
+
+    On a CPU the product of one chunk is rounded to the inputs' type before it is added.
+    """
     acc = total_VD.dtype
     if hidden_CD.dtype == acc:
         if first:
@@ -57,3 +60,9 @@ def add_weight_grad(total_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor, first:
             part = torch.mm(grad_CV[:, v : v + CPU_TILE].t(), hidden_CD)
             rows = total_VD[v : v + CPU_TILE]
             rows.copy_(part) if first else rows.add_(part)
+
+
+def add_bias_grad(total_V: Tensor, grad_CV: Tensor) -> None:
+    """total += the sum of grad over its rows, a tile at a time: summing in another type copies its input."""
+    for v in range(0, total_V.shape[0], CPU_TILE):
+        total_V[v : v + CPU_TILE] += grad_CV[:, v : v + CPU_TILE].sum(0, dtype=total_V.dtype)

@@ -30,7 +30,10 @@ class RowOptions(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The tensors of one chunk."""
+    """The tensors of one chunk; all but the rows of logits and teacher are contiguous.
+
+    A row whose scale is 0 has statistics but no gradient, whatever it holds.
+    """
 
     logits_RV: Tensor
     teacher_RV: Tensor | None
@@ -50,4 +53,5 @@ def reference_rows(rows: Rows, grad_dtype: torch.dtype | None, options: RowOptio
     rows.stats_SR.copy_(reference.row_stats(*args))
     if grad_dtype is None:
         return None
-    return (rows.scale_R[:, None] * reference.row_grad(*args)).to(grad_dtype)
+    scale = rows.scale_R[:, None]
+    return torch.where(scale != 0, scale * reference.row_grad(*args), 0.0).to(grad_dtype)

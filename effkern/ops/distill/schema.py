@@ -1,7 +1,7 @@
 """Operators of the loss: schemas, shape functions, and the kernel that runs the chunk driver.
 
-`linear_distill_fwd` is the one op of the public function: losses and gradients in one go. `distill_rows_` is the
-row pass that effkern._C implements on CPU.
+`linear_distill_fwd` is the one op of the public function: losses and gradients in one go. `scale_grad_` is its
+backward. `distill_rows_` is the row pass that effkern._C implements on CPU.
 """
 
 import torch
@@ -12,14 +12,18 @@ from effkern.ops.distill.rows import RowOptions
 
 _library = torch.library.Library("effkern", "FRAGMENT")
 
+# Rows of a half-precision gradient that are widened at a time.
+SCALE_ROWS = 2048
+
 _library.define(
     "linear_distill_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor scale, Tensor omega, "
     "Tensor? teacher_logits, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
     "str divergence, float temperature, float teacher_temperature, float label_smoothing, float z_loss, "
     "float? softcap, float logit_scale, float? teacher_softcap, float teacher_logit_scale, int ignore_index, "
-    "int vocab_valid, ScalarType compute_dtype, str impl, bool[3] needs, int? chunk_bytes) "
+    "SymInt vocab_valid, ScalarType compute_dtype, str impl, bool[3] needs, int? chunk_bytes) "
     "-> (Tensor stats, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
+_library.define("scale_grad_(Tensor(a!) grad, Tensor factor) -> ()")
 _library.define(
     "distill_rows_(Tensor(a!) logits, Tensor? teacher, Tensor? bias, Tensor labels, Tensor scale, Tensor omega, "
     "Tensor(b!) stats, int divergence, bool want_grad, bool grad_bfloat16, float temperature, "
@@ -36,7 +40,7 @@ def grad_dtype(dtype: torch.dtype, compute_dtype: torch.dtype) -> torch.dtype:
 def _check_values(labels: Tensor, omega: Tensor, ignore_index: int, vocab_valid: int) -> None:
     """What only the values can tell; on a GPU by an asynchronous assertion, so that nothing waits."""
     in_range = ((labels >= 0) & (labels < vocab_valid)) | (labels == ignore_index)
-    omega_ok = (omega >= 0) & (omega <= 1)
+    omega_ok = ((omega >= 0) & (omega <= 1)) | (labels == ignore_index)
     if labels.device.type != "cpu":
         torch._assert_async(in_range.all(), "linear_distill_loss: labels out of range")
         torch._assert_async(omega_ok.all(), "linear_distill_loss: omega outside [0, 1]")
@@ -117,6 +121,25 @@ def _fake(hidden, weight, bias, labels, *rest):
         grad(weight, needs[1], grad_dtype(weight.dtype, compute_dtype)),
         hidden.new_empty(0) if bias is None else grad(bias, needs[2], grad_dtype(bias.dtype, compute_dtype)),
     )
+
+
+def _scale_grad(grad: Tensor, factor: Tensor) -> None:
+    """grad *= factor, the factor in its own type: rounded to bfloat16 it would bias every entry alike."""
+    if factor.device.type == "cpu" and factor.item() == 1.0:
+        return
+    if grad.dtype == factor.dtype:
+        grad *= factor
+        return
+    for rows in grad.split(SCALE_ROWS):
+        rows.copy_(rows.to(factor.dtype) * factor)
+
+
+_library.impl("scale_grad_", _scale_grad, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("effkern::scale_grad_", lib=_library)
+def _fake_scale(grad: Tensor, factor: Tensor) -> None:
+    return None
 
 
 @torch.library.register_fake("effkern::distill_rows_", lib=_library)

@@ -135,6 +135,7 @@ def distill_rows_kernel(
                 if HAS_CAP:
                     g *= 1.0 - (z / softcap) * (z / softcap)
                 g *= logit_scale
+                g = tl.where(scale != 0.0, g, 0.0)
                 tl.store(grad_ptr + cols, g.to(grad_ptr.dtype.element_ty), mask=mask)
 
         smoothed = (1.0 - label_smoothing) * ce + label_smoothing * (lse - sum_z / vocab)

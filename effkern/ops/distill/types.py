@@ -44,9 +44,9 @@ Teacher = TeacherLogits | TeacherHidden
 
 
 class DistillStats(NamedTuple):
-    """Per-token statistics, each float32 [N], without gradient; exact zeros in ignored rows, nats where it applies.
+    """Per-token statistics, each float32 [N] (float64 for float64 inputs), in nats where it applies, without gradient.
 
-    Teacher fields are zero without a teacher. q = softmax(z / T), p = softmax(u / T').
+    Ignored rows hold exact zeros. Teacher fields are zero without a teacher. q = softmax(z / T), p = softmax(u / T').
     """
 
     loss: Tensor
