@@ -4,9 +4,10 @@
     python -m benchmarks.ops.distill --case hidden       the teacher's output layer inside (four products)
     python -m benchmarks.ops.distill --case hard         no teacher: cross entropy alone
     python -m benchmarks.ops.distill --rows-only         the C++ row pass alone, ns per logit
-    python -m benchmarks.ops.distill --tiles             width of the vocabulary tile in the logits' product
+    python -m benchmarks.ops.distill --tiles             the products of one chunk, by tile width and library
 
-The floor is the matrix products alone, into buffers that exist, all rows at once.
+The floor is the matrix products alone by torch.mm, into buffers that exist, all rows at once. The op itself calls a
+faster library for two of them; the second line is the floor with those calls.
 """
 
 import argparse
@@ -113,7 +114,7 @@ def step(x: Inputs, loss: Callable[[Inputs], torch.Tensor]) -> Callable[[], None
 
 
 def products(x: Inputs) -> Callable[[], None]:
-    """The floor: logits, both gradients, and the teacher's logits where it comes as hidden states."""
+    """The floor: logits, both gradients, and the teacher's logits where it comes as hidden states, by torch.mm."""
     hidden, weight = x.hidden.detach(), x.weight.detach()
     logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
     grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
@@ -128,11 +129,28 @@ def products(x: Inputs) -> Callable[[], None]:
     return run
 
 
+def products_as_ours(x: Inputs) -> Callable[[], None]:
+    """The same products through the library calls that the op makes, all rows at once."""
+    hidden, weight = x.hidden.detach(), x.weight.detach()
+    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight, dtype=torch.float32)
+
+    def run() -> None:
+        if x.teacher_hidden is not None and x.teacher_weight is not None:
+            gemm.logits(x.teacher_hidden, x.teacher_weight, None)
+        logits = gemm.logits(hidden, weight, None).to(hidden.dtype)
+        gemm.hidden_grad(logits, weight, grad_hidden)
+        gemm.add_weight_grad(grad_weight, logits, hidden, first=True)
+
+    return run
+
+
 def variants(x: Inputs, names: list[str]) -> dict[str, Callable[[], None]]:
     made: dict[str, Callable[[], None]] = {}
     for name in names:
         if name == "products":
             made[name] = products(x)
+        elif name == "products as in effkern":
+            made[name] = products_as_ours(x)
         elif name == "effkern":
             made[name] = step(x, effkern_loss)
         elif name == "eager":
@@ -215,7 +233,7 @@ def rows_only(vocab: int, rounds: int) -> None:
 
 
 def tiles(rows: int, dim: int, vocab: int, rounds: int) -> None:
-    """The product of one chunk's logits, one tile of the vocabulary at a time."""
+    """The products of one chunk: torch.mm over tiles of the vocabulary, and oneDNN."""
     hidden, weight, out = torch.randn(rows, dim), torch.randn(vocab, dim), torch.empty(rows, vocab)
 
     def tiled(width: int) -> Callable[[], None]:
@@ -226,6 +244,9 @@ def tiles(rows: int, dim: int, vocab: int, rounds: int) -> None:
         return run
 
     cases: dict[str, Callable[[], object]] = {f"{w} columns": tiled(w) for w in (500, 1000, gemm.CPU_TILE, 4000, 8000)}
+    cases["oneDNN"] = lambda: gemm._onednn_linear(hidden, weight)
+    cases["hidden gradient"] = lambda: torch.mm(out, weight)
+    cases["hidden gradient, oneDNN"] = lambda: gemm._onednn_linear(out, weight.t())
     print(runner.table(runner.interleave({"one product": tiled(vocab), **cases}, rounds), "one product", {}))
 
 
@@ -257,9 +278,9 @@ def main() -> None:
         print(runner.peak_memory(lambda: variants(make(*shape), [a.peak_of])[a.peak_of]))
         return None
 
-    names = ["products", "effkern", "torch.compile", "eager"]
+    names = ["products", "products as in effkern", "effkern", "torch.compile", "eager"]
     if a.case == "hidden":
-        names.insert(2, "liger chunked (compiled)")
+        names.insert(3, "liger chunked (compiled)")
     x = make(*shape)
     check(x)
     runs = variants(x, names)
@@ -269,7 +290,7 @@ def main() -> None:
         options = [f"--{k}={getattr(a, k.replace('-', '_'))}" for k in
                    ("case", "rows", "dim", "teacher-dim", "vocab", "dtype", "device", "threads")]  # fmt: skip
         for name in runs:
-            if name != "products":
+            if not name.startswith("products"):
                 peak = int(runner.in_fresh_process("benchmarks.ops.distill", *options, f"--peak-of={name}"))
                 extra[name] = {"peak_mib": peak / 2**20}
     if a.device != "cpu":

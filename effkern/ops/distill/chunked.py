@@ -118,42 +118,47 @@ def run(
 
     limit = chunk_bytes(x.hidden_ND.device) if budget is None else budget
     step = chunk_rows(num_rows, vocab, dim, acc.itemsize, limit)
-    logits_CV = torch.empty(step, vocab, dtype=acc, device=x.hidden_ND.device)
-    teacher_CV = torch.empty_like(logits_CV) if x.teacher_hidden_NDt is not None else None
-    for n in range(0, num_rows, step):
+
+    def chunk(n: int, z: Tensor | None, u: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Rows n, n + 1, ...; takes and returns buffers of former logits, where the library can write into them."""
         part = slice(n, min(n + step, num_rows))
-        size = part.stop - n
         # Rows that do not count are cleared: 0 * inf would reach the weight gradient.
         hidden_CD = torch.where(kept_N[part], x.hidden_ND[part], 0)
-        z = logits_CV[:size]
-        gemm.logits(z, hidden_CD, weight_VD)
-        u = None if x.teacher_NV is None else x.teacher_NV[part]
-        if teacher_CV is not None:
-            u = teacher_CV[:size]
-            teacher_logits(u, inputs, part, *teacher_cap)
-        chunk = Rows(z, u, bias_V, labels_N[part], x.scale_N[part], x.omega_N[part], stats_SN[:, part])
-        grad_CV = pass_over(chunk, grad_dtype, options)
-        if grad_CV is None:
-            continue
-        if grad_hidden is not None:
-            gemm.hidden_grad(grad_CV, weight_VD, grad_hidden[part])
-        if grad_weight is not None:
-            weighed_CD = torch.where(weighed_N[part], hidden_CD, 0)
-            gemm.add_weight_grad(grad_weight[:vocab], grad_CV, weighed_CD, first=n == 0)
-        if grad_bias is not None:
-            gemm.add_bias_grad(grad_bias[:vocab], grad_CV)
+        z = gemm.logits(hidden_CD, weight_VD, z)
+        if x.teacher_hidden_NDt is not None:
+            u = teacher_logits(inputs, part, vocab, u, *teacher_cap)
+        elif x.teacher_NV is not None:
+            u = x.teacher_NV[part]
+        tensors = Rows(z, u, bias_V, labels_N[part], x.scale_N[part], x.omega_N[part], stats_SN[:, part])
+        grad_CV = pass_over(tensors, grad_dtype, options)
+        if grad_CV is not None:
+            if grad_hidden is not None:
+                gemm.hidden_grad(grad_CV, weight_VD, grad_hidden[part])
+            if grad_weight is not None:
+                weighed_CD = torch.where(weighed_N[part], hidden_CD, 0)
+                gemm.add_weight_grad(grad_weight[:vocab], grad_CV, weighed_CD, first=n == 0)
+            if grad_bias is not None:
+                gemm.add_bias_grad(grad_bias[:vocab], grad_CV)
+        keep_u = u if x.teacher_hidden_NDt is not None and gemm.writes_into_buffer(x.teacher_hidden_NDt) else None
+        return (z if gemm.writes_into_buffer(hidden_CD) else None), keep_u
+
+    buffers: tuple[Tensor | None, Tensor | None] = (None, None)
+    for n in range(0, num_rows, step):
+        buffers = chunk(n, *buffers)
     return stats_SN, grad_hidden, grad_weight, grad_bias
 
 
-def teacher_logits(u_CV: Tensor, x: Inputs, part: slice, logit_scale: float, softcap: float | None) -> None:
-    """Logits of TeacherHidden for the rows `part`, in place of `u_CV`."""
+def teacher_logits(
+    x: Inputs, part: slice, vocab: int, buffer: Tensor | None, logit_scale: float, softcap: float | None
+) -> Tensor:
+    """Logits of TeacherHidden for the rows `part`."""
     assert x.teacher_hidden_NDt is not None
     assert x.teacher_weight_VDt is not None
-    vocab = u_CV.shape[1]
-    gemm.logits(u_CV, x.teacher_hidden_NDt[part], x.teacher_weight_VDt[:vocab])
+    u_CV = gemm.logits(x.teacher_hidden_NDt[part], x.teacher_weight_VDt[:vocab], buffer)
     if x.teacher_bias_V is not None:
         u_CV += x.teacher_bias_V[:vocab]
     if logit_scale != 1.0:
         u_CV *= logit_scale
     if softcap is not None:
         u_CV.div_(softcap).tanh_().mul_(softcap)
+    return u_CV
