@@ -10,9 +10,10 @@ kernels fallback             the inner loops, from `effkern._data` or in NumPy
 
 from effkern.data.build import build_dataset
 from effkern.data.dataset import PackedDataset
+from effkern.data.document import Document, Skipped
 from effkern.data.manifest import Manifest, load_manifest
 from effkern.data.order import BatchOrder, val_batches
-from effkern.data.sources import Document, Skipped, Source, resolve_sources
+from effkern.data.sources import Source, resolve_sources
 from effkern.data.summary import format_stats, stats
 
 __all__ = [

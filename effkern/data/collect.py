@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from effkern.data.sources import Skipped, Source
+from effkern.data.document import Skipped
+from effkern.data.sources import Source
 from effkern.data.spool import DocumentSpool, Losses
 
 Progress = Callable[[str, int, int], None]

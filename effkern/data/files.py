@@ -11,7 +11,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from effkern.data.sources import Document, Skipped
+from effkern.data.document import Document, Skipped
 
 TEXT_SUFFIXES = (".txt", ".py", ".md")
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from effkern.data.sources import Document, Skipped
+from effkern.data.document import Document, Skipped
 
 
 class HubSource:

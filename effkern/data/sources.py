@@ -8,30 +8,10 @@ anything else     a file, a folder or a glob of .txt .py .md .jsonl .jsonl.gz .j
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol
 
-
-@dataclass(frozen=True)
-class Document:
-    """One text. `origin` is what it was taken from: documents of one origin never part between train and val.
-
-    An empty `origin` stands for the content of the document itself.
-    """
-
-    name: str
-    text: str
-    origin: bytes = b""
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """Something a source could not give, and why: "not UTF-8", "unreadable: Permission denied", "empty", ..."""
-
-    name: str
-    reason: str
+from effkern.data.document import Document, Skipped
 
 
 class Source(Protocol):
@@ -40,11 +20,6 @@ class Source(Protocol):
     name: str
 
     def read(self) -> Iterator[Document | Skipped]: ...
-
-
-def content_key(text: bytes) -> bytes:
-    """128 bits that stand for a text: equal texts are dropped by it, and origins are told apart by it."""
-    return blake2b(text, digest_size=16).digest()
 
 
 def resolve_sources(names: Sequence[str | Path], text_field: str = "text") -> list[Source]:

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from effkern.data.document import Document, content_key
 from effkern.data.manifest import SkippedFile
-from effkern.data.sources import Document, content_key
 
 # A list of everything that was left out could outgrow the corpus; the counts are always complete.
 MAX_LISTED = 10_000

@@ -6,8 +6,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from effkern.data.document import Document, Skipped, content_key
 from effkern.data.files import read_text, sampled_order
-from effkern.data.sources import Document, Skipped, content_key
 
 # Tests hold generated tables and broken files on purpose; the others are not the library or differ by machine.
 LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})

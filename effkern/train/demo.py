@@ -8,34 +8,19 @@ import json
 import platform
 import shutil
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from effkern.data import PackedDataset, build_dataset
 from effkern.train.config import TrainConfig
+from effkern.train.demo_plan import DemoPlan
 from effkern.train.loop import TrainResult, train
 from effkern.train.presets import PRESETS
 from effkern.train.report import write_report
 
 ARMS = ("teacher", "baseline", "salt")
 REPORTS = ("report.json", "report.md", "curves.png")
-
-
-@dataclass(frozen=True)
-class DemoPlan:
-    """What the demo trains and on which text."""
-
-    teacher: TrainConfig
-    student: TrainConfig
-    """The SALT arm; the baseline is the same without its teacher."""
-    sources: tuple[str, ...] = ("stdlib",)
-    vocab_size: int = 4096
-    max_bytes: int | None = None
-    val_tokens: int = 65536
-    """Of the final comparison."""
-    prompts: tuple[str, ...] = ("def read_lines(path):\n", "import os\nimport ", '    """Return the ')
-    sample_tokens: int = 40
 
 
 class DemoInterrupted(RuntimeError):

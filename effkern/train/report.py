@@ -5,7 +5,7 @@ import os
 import platform
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 import torch
@@ -21,15 +21,13 @@ from effkern.train.compare import (
     value_at,
 )
 from effkern.train.config import TrainConfig
+from effkern.train.demo_plan import DemoPlan
 from effkern.train.device import choose_device, choose_precision
 from effkern.train.loop import TrainResult
 from effkern.train.plots import plot_comparison
 from effkern.train.report_text import render_markdown
 from effkern.train.restore import LoadedModel, load_model, weights_digest
 from effkern.train.schedules import teacher_steps
-
-if TYPE_CHECKING:
-    from effkern.train.demo import DemoPlan
 
 
 def with_flops(evals: list[dict[str, Any]], student: float, teacher: float, switch_tokens: int) -> list[dict[str, Any]]:
@@ -57,9 +55,7 @@ def _timing(result: TrainResult) -> dict[str, float]:
     }
 
 
-def _samples(
-    loaded: dict[str, LoadedModel], plan: "DemoPlan", dataset: PackedDataset, seed: int
-) -> list[dict[str, str]]:
+def _samples(loaded: dict[str, LoadedModel], plan: DemoPlan, dataset: PackedDataset, seed: int) -> list[dict[str, str]]:
     tokenizer = dataset.tokenizer()
     rows = []
     for prompt in plan.prompts:
@@ -109,7 +105,7 @@ def _findings(runs: dict[str, Any], losses: dict[str, Any], switch: int, total: 
 
 def write_report(
     out: Path,
-    plan: "DemoPlan",
+    plan: DemoPlan,
     configs: dict[str, TrainConfig],
     results: dict[str, TrainResult],
     dataset: PackedDataset,

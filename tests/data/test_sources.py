@@ -10,7 +10,7 @@ import pytest
 import zstandard
 
 from effkern.data import Document, Skipped, resolve_sources
-from effkern.data.sources import content_key
+from effkern.data.document import content_key
 from effkern.data.stdlib import docstrings
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from effkern.ops.distill import gemm
-from effkern.ops.distill.rows import RowOptions, Rows, reference_rows
+from effkern.ops.distill.reference import reference_rows
+from effkern.ops.distill.rows import RowOptions, Rows
 from effkern.ops.distill.types import DistillStats
 
 NUM_STATS = len(DistillStats._fields)

@@ -8,7 +8,7 @@ from effkern.ops.distill.rows import DIVERGENCES, RowOptions, Rows
 
 
 def cpp_rows(rows: Rows, grad_dtype: torch.dtype | None, options: RowOptions) -> Tensor | None:
-    """See `rows.reference_rows`. A bfloat16 gradient fills the first half of each row of `logits_RV`."""
+    """See `reference.reference_rows`. A bfloat16 gradient fills the first half of each row of `logits_RV`."""
     native.load("_C")
     o, logits_RV = options, rows.logits_RV
     torch.ops.effkern.distill_rows_(

@@ -4,15 +4,10 @@ z student logits, u teacher logits, q = softmax(z / T), p = softmax(u / T'), y l
 L_n = (1 - omega) CE_n + omega D(p_n, q_n) + c lse(z_n)^2
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from effkern.ops.distill.rows import RowOptions
+from effkern.ops.distill.rows import RowOptions, Rows
 
 
 def cap(s: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
@@ -113,6 +108,19 @@ def row_grad(
     if o.logit_scale != 1.0:
         g = g * o.logit_scale
     return torch.where(valid[:, None], g, 0.0)
+
+
+def reference_rows(rows: Rows, grad_dtype: torch.dtype | None, options: RowOptions) -> Tensor | None:
+    """Fill `stats_SR`; return d(sum scale * loss)/d(raw logits) as `grad_dtype`, or None where that is None.
+
+    The gradient may live in the memory of `logits_RV`. This is the plain PyTorch pass.
+    """
+    args = (rows.logits_RV, rows.teacher_RV, rows.bias_V, rows.labels_R, rows.omega_R, options)
+    rows.stats_SR.copy_(row_stats(*args))
+    if grad_dtype is None:
+        return None
+    scale = rows.scale_R[:, None]
+    return torch.where(scale != 0, scale * row_grad(*args), 0.0).to(grad_dtype)
 
 
 def linear_distill_loss(

@@ -1,17 +1,14 @@
-"""The row pass: from a chunk of logits to its statistics and its logit gradient, in place.
+"""What a row pass takes: from a chunk of logits to its statistics and its logit gradient, in place.
 
     R rows of the chunk, V vocabulary (entries below vocab_valid only)
 
-Every implementation has the signature of `reference_rows`. One row pass serves one class of divergences
+Every implementation has the signature of `reference.reference_rows`. One row pass serves one class of divergences
 (how many passes over the logits the gradient needs); the divergence itself is one formula in each backend.
 """
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-
-from effkern.ops.distill import reference
 
 DIVERGENCES = ("forward_kl",)
 
@@ -42,16 +39,3 @@ class Rows(NamedTuple):
     scale_R: Tensor
     omega_R: Tensor
     stats_SR: Tensor
-
-
-def reference_rows(rows: Rows, grad_dtype: torch.dtype | None, options: RowOptions) -> Tensor | None:
-    """Fill `stats_SR`; return d(sum scale * loss)/d(raw logits) as `grad_dtype`, or None where that is None.
-
-    The gradient may live in the memory of `logits_RV`. This is the plain PyTorch pass.
-    """
-    args = (rows.logits_RV, rows.teacher_RV, rows.bias_V, rows.labels_R, rows.omega_R, options)
-    rows.stats_SR.copy_(reference.row_stats(*args))
-    if grad_dtype is None:
-        return None
-    scale = rows.scale_R[:, None]
-    return torch.where(scale != 0, scale * reference.row_grad(*args), 0.0).to(grad_dtype)

@@ -162,7 +162,7 @@ def distill_rows_kernel(
 
 
 def triton_rows(rows: Rows, grad_dtype: torch.dtype | None, options: RowOptions) -> Tensor | None:
-    """See `rows.reference_rows`. A float32 gradient takes the place of `logits_RV`, a narrower one a new buffer."""
+    """See `reference.reference_rows`. A float32 gradient replaces `logits_RV`; a narrower one gets a buffer."""
     assert options.divergence == DIVERGENCES[0]
     logits_RV, teacher_RV, bias_V, labels_R, scale_R, omega_R, stats_SR = rows
     num_rows, vocab = logits_RV.shape
