@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 
 from effkern.data import Document, PackedDataset, fallback, format_stats, resolve_sources, stats
 from effkern.data.tokenizer import train_tokenizer
-from effkern.native import missing
+from effkern.native import load
 from tests.data.conftest import documents, text
 
 Build = Callable[..., PackedDataset]
@@ -109,7 +109,7 @@ def test_sources_share_the_byte_limit(build: Build, corpus: Path, tmp_path: Path
 
 
 def test_native_and_numpy_build_the_same_dataset(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    reason = missing("_data")
+    reason = load("_data")
     if reason:
         pytest.skip(reason)
     compiled = build("compiled")

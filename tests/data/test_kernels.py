@@ -9,14 +9,14 @@ import pytest
 from effkern.data import fallback
 from effkern.data.fallback import token_dtype
 from effkern.data.kernels import gather_windows
-from effkern.native import missing
+from effkern.native import load
 
 
 @pytest.fixture(params=["numpy", "native"])
 def impl(request: pytest.FixtureRequest) -> ModuleType:
     if request.param == "numpy":
         return fallback
-    reason = missing("_data")
+    reason = load("_data")
     if reason:
         pytest.skip(reason)
     return import_module("effkern._data")
@@ -98,7 +98,7 @@ def test_starts_must_be_int64() -> None:
 
 
 def test_native_and_numpy_agree_on_random_input() -> None:
-    reason = missing("_data")
+    reason = load("_data")
     if reason:
         pytest.skip(reason)
     native = import_module("effkern._data")
