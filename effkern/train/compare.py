@@ -78,6 +78,12 @@ def value_at(evals: Sequence[Mapping[str, Any]], key: str, where: float) -> floa
     return None
 
 
+def gaps(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """(tokens, loss of `second` - loss of `first`) wherever both curves have a measurement."""
+    losses = {e["tokens"]: e["loss"] for e in first}
+    return [(e["tokens"], e["loss"] - losses[e["tokens"]]) for e in second if e["tokens"] in losses]
+
+
 def first_reaching(evals: Sequence[Mapping[str, Any]], key: str, loss: float) -> float | None:
     """The first `key` at which the curve is at or below `loss`, interpolated; None if it never is."""
     for before, after in itertools.pairwise(evals):

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from effkern.train.compare import gaps
+
 # One colour a run, distinguishable without colour vision; the teacher is grey.
 COLOURS = {"baseline": "#0072B2", "salt": "#D55E00", "teacher": "#777777"}
 
@@ -67,10 +69,9 @@ def plot_comparison(runs: dict[str, Any], switch_tokens: int, path: Path) -> Non
     bottom = min(final["loss"], *(e["loss"] for name in students for e in runs[name]["evals"]))
     for axis in (loss, flops):
         axis.set_ylim(bottom - 0.1, top + 0.1)
-    pairs = list(zip(runs["baseline"]["evals"], runs["salt"]["evals"]))[1:]
-    gap.plot(
-        [b["tokens"] / 1e6 for b, _ in pairs], [s["loss"] - b["loss"] for b, s in pairs], "o-", ms=3, color="#222222"
-    )
+    # Both start alike; the first pair says nothing.
+    points = gaps(runs["baseline"]["evals"], runs["salt"]["evals"])[1:]
+    gap.plot([tokens / 1e6 for tokens, _ in points], [gain for _, gain in points], "o-", ms=3, color="#222222")
     gap.axhline(0, color="#bbbbbb", lw=0.8)
     for axis in (loss, accuracy, gap):
         axis.axvline(switch_tokens / 1e6, color="#222222", lw=0.8, ls="--")

@@ -36,7 +36,7 @@ def _demo() -> dict[str, Preset]:
         teacher=TeacherConfig(checkpoint="runs/demo/teacher"),
         data=DataConfig(path="runs/demo/data", seq_len=128, batch_size=8),
         optimizer=OptimizerConfig(lr=3e-3, warmup_steps=30),
-        schedule=ScheduleConfig(steps=500, mode="salt", omega=0.5, kd_steps=170),
+        schedule=ScheduleConfig(steps=500, mode="salt", omega=0.5, kd_steps=150),
         run=RunConfig(out="runs/demo/salt", eval_every=50, eval_tokens=12288, checkpoint_every=100),
     )
     teacher = replace(

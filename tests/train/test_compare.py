@@ -10,6 +10,7 @@ from effkern.models import Decoder, DecoderConfig
 from effkern.train.compare import (
     confidence_buckets,
     first_reaching,
+    gaps,
     paired_difference,
     summarise,
     token_losses,
@@ -19,6 +20,12 @@ from effkern.train.report import with_flops
 from effkern.train.report_text import verdict
 
 CURVE = [{"tokens": 0, "loss": 8.0}, {"tokens": 10, "loss": 6.0}, {"tokens": 30, "loss": 5.0}]
+
+
+def test_gaps_are_taken_at_equal_tokens():
+    """A curve measured once more than the other must not be shifted against it."""
+    more = [*CURVE[:1], {"tokens": 7, "loss": 1.0}, {"tokens": 10, "loss": 5.5}, {"tokens": 30, "loss": 5.25}]
+    assert gaps(CURVE, more) == [(0, 0.0), (10, -0.5), (30, 0.25)]
 
 
 def test_interpolation():
