@@ -11,9 +11,8 @@ from torch import Tensor
 
 from effkern.ops.distill.rows import DIVERGENCES, RowOptions, Rows
 
-# (vocabulary up to, columns per step, warps): one step for small rows; beyond, two 16-byte loads per thread. 4096
-# columns need over 100 registers, which halves the resident warps (tests/native/triton_resources.json). Chosen by
-# registers; not yet timed on a GPU.
+# (vocabulary up to, columns per step, warps): one step for small rows; beyond, two 16-byte loads per thread.
+# Chosen by registers (tests/native/triton_resources.json); not yet timed on a GPU.
 LAUNCH = [(1024, 1024, 8), (1 << 31, 2048, 8)]
 
 # Left alone, the assembler aims at 48 or 80 registers and spills a few scalars to get there.
@@ -169,15 +168,17 @@ def triton_rows(rows: Rows, grad_dtype: torch.dtype | None, options: RowOptions)
     block, warps = next((b, w) for limit, b, w in LAUNCH if vocab <= limit)
     grad = logits_RV if grad_dtype in (None, logits_RV.dtype) else torch.empty_like(logits_RV, dtype=grad_dtype)
     teacher = logits_RV if teacher_RV is None else teacher_RV
-    distill_rows_kernel[(num_rows,)](
-        logits_RV, teacher, logits_RV if bias_V is None else bias_V, labels_R, scale_R, omega_R, stats_SR, grad,
-        vocab, logits_RV.stride(0), teacher.stride(0), stats_SR.stride(0), grad.stride(0), options.ignore_index,
-        1.0 / options.temperature, 1.0 / options.teacher_temperature, options.label_smoothing, options.z_loss,
-        options.softcap or 1.0, options.logit_scale,
-        HAS_TEACHER=teacher_RV is not None, HAS_BIAS=bias_V is not None, HAS_CAP=options.softcap is not None,
-        TEMPERED=options.temperature != 1.0, WANT_GRAD=grad_dtype is not None, BLOCK=block,
-        num_warps=warps, maxnreg=MAX_REGISTERS, enable_fp_fusion=True,
-    )  # fmt: skip
+    # Triton launches on the current device, which need not be that of the tensors.
+    with torch.cuda.device_of(logits_RV):
+        distill_rows_kernel[(num_rows,)](
+            logits_RV, teacher, logits_RV if bias_V is None else bias_V, labels_R, scale_R, omega_R, stats_SR, grad,
+            vocab, logits_RV.stride(0), teacher.stride(0), stats_SR.stride(0), grad.stride(0), options.ignore_index,
+            1.0 / options.temperature, 1.0 / options.teacher_temperature, options.label_smoothing, options.z_loss,
+            options.softcap or 1.0, options.logit_scale,
+            HAS_TEACHER=teacher_RV is not None, HAS_BIAS=bias_V is not None, HAS_CAP=options.softcap is not None,
+            TEMPERED=options.temperature != 1.0, WANT_GRAD=grad_dtype is not None, BLOCK=block,
+            num_warps=warps, maxnreg=MAX_REGISTERS, enable_fp_fusion=True,
+        )  # fmt: skip
     return None if grad_dtype is None else grad
 
 
