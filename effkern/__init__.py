@@ -3,15 +3,29 @@
 from importlib import import_module
 from typing import Any
 
-from effkern.ops.distill import DistillResult, DistillStats, TeacherHidden, TeacherLogits, linear_distill_loss
+from effkern.ops.distill import (
+    DistillResult,
+    DistillStats,
+    TeacherConfidence,
+    TeacherHidden,
+    TeacherLogits,
+    TeacherLogProbs,
+    TeacherSimilarity,
+    TeacherTopK,
+    linear_distill_loss,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DistillResult",
     "DistillStats",
+    "TeacherConfidence",
     "TeacherHidden",
+    "TeacherLogProbs",
     "TeacherLogits",
+    "TeacherSimilarity",
+    "TeacherTopK",
     "__version__",
     "linear_distill_loss",
     "nn",

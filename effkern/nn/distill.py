@@ -22,8 +22,8 @@ class LinearDistillLoss(nn.Module):
     """
 
     OPTIONS = frozenset(
-        ("divergence", "ignore_index", "label_smoothing", "z_loss", "softcap", "logit_scale", "vocab_valid",
-         "reduction", "impl", "chunk_bytes")
+        ("divergence", "alpha", "beta", "t_squared", "normalize_jsd", "ignore_index", "label_smoothing", "z_loss",
+         "softcap", "logit_scale", "vocab_valid", "reduction", "check", "impl", "chunk_bytes")
     )  # fmt: skip
 
     def __init__(
@@ -33,7 +33,7 @@ class LinearDistillLoss(nn.Module):
         unknown = sorted(set(options) - self.OPTIONS)
         if unknown:
             raise TypeError(f"LinearDistillLoss: options must be among {sorted(self.OPTIONS)}, got {unknown}")
-        rules = {k: v for k, v in options.items() if k not in ("vocab_valid", "impl")}
+        rules = {k: v for k, v in options.items() if k not in ("vocab_valid", "check", "impl")}
         checks.check_options(temperature=temperature, teacher_temperature=teacher_temperature, **rules)
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature

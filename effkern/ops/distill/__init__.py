@@ -1,6 +1,25 @@
 """Fused linear + distillation loss."""
 
 from effkern.ops.distill.api import linear_distill_loss
-from effkern.ops.distill.types import DistillResult, DistillStats, TeacherHidden, TeacherLogits
+from effkern.ops.distill.types import (
+    DistillResult,
+    DistillStats,
+    TeacherConfidence,
+    TeacherHidden,
+    TeacherLogits,
+    TeacherLogProbs,
+    TeacherSimilarity,
+    TeacherTopK,
+)
 
-__all__ = ["DistillResult", "DistillStats", "TeacherHidden", "TeacherLogits", "linear_distill_loss"]
+__all__ = [
+    "DistillResult",
+    "DistillStats",
+    "TeacherConfidence",
+    "TeacherHidden",
+    "TeacherLogProbs",
+    "TeacherLogits",
+    "TeacherSimilarity",
+    "TeacherTopK",
+    "linear_distill_loss",
+]

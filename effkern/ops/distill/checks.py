@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from effkern.ops.distill.rows import DIVERGENCES
-from effkern.ops.distill.types import TeacherHidden, TeacherLogits
+from effkern.ops.distill.types import TeacherConfidence, TeacherTopK
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -104,43 +104,25 @@ def check_tensors(hidden: Any, weight: Any, labels: Any, bias: Any, weights: Any
     return vocab_valid
 
 
-def check_teacher(teacher: Any, hidden: Tensor, vocab: int) -> None:
-    """Teacher side: sizes, layout, and enough vocabulary."""
-    rows, device = hidden.shape[0], hidden.device
-    if isinstance(teacher, TeacherLogits):
-        name = "teacher.logits"
-        tensor(name, teacher.logits, (rows, None), device)
-        if rows > 0 and teacher.logits.shape[1] > 1 and teacher.logits.stride(1) != 1:
-            fail(ValueError, name, "have stride 1 along the vocabulary", f"strides {list(teacher.logits.stride())}")
-        size = teacher.logits.shape[1]
-    elif isinstance(teacher, TeacherHidden):
-        name = "teacher.weight"
-        tensor("teacher.hidden", teacher.hidden, (rows, None), device)
-        tensor(name, teacher.weight, (None, teacher.hidden.shape[1]), device)
-        same_dtype(name, teacher.weight, "teacher.hidden", teacher.hidden)
-        if teacher.bias is not None:
-            tensor("teacher.bias", teacher.bias, (teacher.weight.shape[0],), device)
-        number("teacher.logit_scale", teacher.logit_scale, low=-math.inf)
-        if teacher.softcap is not None:
-            positive("teacher.softcap", teacher.softcap)
-        size = teacher.weight.shape[0]
-    else:
-        fail(TypeError, "teacher", "be TeacherLogits, TeacherHidden or None", type(teacher).__name__)
-    if size < vocab:
-        fail(ValueError, name, f"cover vocab_valid ({vocab}) entries of the vocabulary", size)
-
-
 def check_options(
-    divergence: Any = DIVERGENCES[0], temperature: Any = None, teacher_temperature: Any = None,
-    ignore_index: Any = -100, label_smoothing: Any = 0.0, z_loss: Any = 0.0, softcap: Any = None,
-    logit_scale: Any = 1.0, reduction: Any = "mean", chunk_bytes: Any = None,
+    divergence: Any = "forward_kl", alpha: Any = None, beta: Any = None, normalize_jsd: Any = False,
+    t_squared: Any = False, temperature: Any = None, teacher_temperature: Any = None, ignore_index: Any = -100,
+    label_smoothing: Any = 0.0, z_loss: Any = 0.0, softcap: Any = None, logit_scale: Any = 1.0,
+    reduction: Any = "mean", chunk_bytes: Any = None,
 ) -> None:  # fmt: skip
     """The numbers and names that need no tensor to be judged."""
     if divergence not in DIVERGENCES:
         fail(ValueError, "divergence", f"be one of {', '.join(map(repr, DIVERGENCES))}", repr(divergence))
+    _check_parameters(divergence, {"alpha": alpha, "beta": beta}, normalize_jsd)
     for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
-        if value is not None:
-            positive(name, value)
+        if value is None:
+            continue
+        positive(name, value)
+        if not DIVERGENCES[divergence].tempered and value != 1:
+            fail(ValueError, name, f"be 1 with {divergence!r}, which is taken on the logits themselves", value)
+    for name, value in (("normalize_jsd", normalize_jsd), ("t_squared", t_squared)):
+        if not isinstance(value, bool):
+            fail(TypeError, name, "be a bool", type(value).__name__)
     whole("ignore_index", ignore_index, -(2**63), 2**63 - 1)
     number("label_smoothing", label_smoothing, low=0, high=1)
     number("z_loss", z_loss, low=0)
@@ -153,12 +135,37 @@ def check_options(
         whole("chunk_bytes", chunk_bytes, 1, 2**62)
 
 
-def check_mixture(
-    teacher: Any, omega: Any, temperature: Any, teacher_temperature: Any, reduction: str, denom: Any, hidden: Tensor
-) -> None:
-    """What goes with a teacher, and the denominator."""
-    given = {"omega": omega, "temperature": temperature, "teacher_temperature": teacher_temperature}
+def _check_parameters(divergence: str, given: dict[str, Any], normalize_jsd: Any) -> None:
+    """alpha and beta: there where the divergence has them, nowhere else, and within their range."""
     for name, value in given.items():
+        if name not in DIVERGENCES[divergence].parameters:
+            if value is not None:
+                fail(ValueError, name, f"be None with divergence {divergence!r}", value)
+            continue
+        if value is None:
+            fail(ValueError, name, f"be given with divergence {divergence!r} (there is no default that fits all)", None)
+        number(name, value, low=0, high=math.inf if divergence == "decoupled_kl" else 1)
+    if divergence.startswith("skew") and given["alpha"] == 1:
+        fail(ValueError, "alpha", "be below 1 (at 1 the divergence is zero)", given["alpha"])
+    if divergence == "jsd" and not normalize_jsd and given["beta"] in (0, 1):
+        rule = "lie between 0 and 1, where the divergence is not zero (its limits: normalize_jsd=True)"
+        fail(ValueError, "beta", rule, given["beta"])
+    if normalize_jsd and divergence != "jsd":
+        fail(ValueError, "normalize_jsd", "be False unless divergence is 'jsd'", repr(divergence))
+
+
+def check_mixture(
+    teacher: Any, divergence: str, omega: Any, temperature: Any, teacher_temperature: Any, reduction: str, denom: Any,
+    hidden: Tensor,
+) -> None:  # fmt: skip
+    """What goes with a teacher, and the denominator."""
+    needed = {"omega": omega}
+    if DIVERGENCES[divergence].tempered:
+        needed["temperature"] = temperature
+        # The masses of a sparse teacher are those that it was cut at.
+        if not isinstance(teacher, (TeacherTopK, TeacherConfidence)):
+            needed["teacher_temperature"] = teacher_temperature
+    for name, value in needed.items():
         if teacher is not None and value is None:
             fail(ValueError, name, "be given with a teacher (there is no default that fits all)", None)
     device = hidden.device
@@ -184,3 +191,17 @@ def check_mixture(
     elif denom.dim() != 0 or denom.device != device:
         got = f"shape {list(denom.shape)} on {denom.device}"
         fail(ValueError, "denom", f"be a number or a 0-d tensor on {device}", got)
+
+
+def check_extras(weight: Tensor, num_kept: Any, weight_grad: Any, reduction: str) -> None:
+    """The arguments that only make it faster."""
+    if num_kept is not None:
+        whole("num_kept", num_kept, 0, 2**62)
+    if weight_grad is None:
+        return
+    acc = torch.promote_types(weight.dtype, torch.float32)
+    tensor("weight_grad", weight_grad, tuple(weight.shape), weight.device, (acc,))
+    if not weight_grad.is_contiguous() or weight_grad.requires_grad:
+        fail(ValueError, "weight_grad", "be contiguous and need no gradient itself", f"strides {weight_grad.stride()}")
+    if reduction == "none":
+        fail(ValueError, "weight_grad", "be None with reduction='none', whose row factors come later", "a tensor")

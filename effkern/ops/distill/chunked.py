@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from effkern.ops.distill import gemm
+from effkern.ops.distill import gemm, teachers
 from effkern.ops.distill.reference import reference_rows
 from effkern.ops.distill.rows import RowOptions, Rows
+from effkern.ops.distill.teachers import Source
 from effkern.ops.distill.types import DistillStats
 
 NUM_STATS = len(DistillStats._fields)
@@ -30,10 +31,9 @@ class Inputs(NamedTuple):
     labels_N: Tensor
     scale_N: Tensor
     omega_N: Tensor
-    teacher_NV: Tensor | None
-    teacher_hidden_NDt: Tensor | None
-    teacher_weight_VDt: Tensor | None
-    teacher_bias_V: Tensor | None
+    teacher: Source
+    weight_grad_VD: Tensor | None = None
+    """A float32 tensor that the gradient of the weight is added to, instead of a new one."""
 
 
 @cache
@@ -75,6 +75,21 @@ def row_pass(impl: str) -> Callable[[Rows, torch.dtype | None, RowOptions], Tens
     return triton_rows
 
 
+def kept_rows(labels_N: Tensor, ignore_index: int, num_kept: int | None) -> Tensor | None:
+    """Indices of the rows that count, so that the others cost no product; None: all, or not known without waiting.
+
+    On a GPU their number would have to be read back, so there the caller has to know it.
+    """
+    if num_kept is None:
+        if labels_N.device.type != "cpu":
+            return None
+        index = (labels_N != ignore_index).nonzero().squeeze(1)
+        return None if index.shape[0] == labels_N.shape[0] else index
+    if num_kept == labels_N.shape[0]:
+        return None
+    return torch.argsort(labels_N == ignore_index, stable=True)[:num_kept]
+
+
 def run(
     inputs: Inputs,
     options: RowOptions,
@@ -82,84 +97,85 @@ def run(
     impl: str,
     needs: tuple[bool, bool, bool],
     budget: int | None,
-    teacher_cap: tuple[float, float | None],
+    num_kept: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Statistics [11, N] and the gradients of sum_n scale_n loss_n.
+    """Statistics [13, N] and the gradients of sum_n scale_n loss_n.
 
     Args:
         vocab: entries that count; the rest of `weight` gets a zero gradient.
         needs: which of (hidden, weight, bias) get a gradient; without any, no gradient work is done.
         budget: bytes of one V-wide buffer, or None for the device's default.
-        teacher_cap: logit_scale and softcap of TeacherHidden.
+        num_kept: number of rows that count, where the caller knows it.
 
     Returns:
-        stats, grad_hidden (type of `hidden`), grad_weight and grad_bias (float32, or float64).
+        stats, grad_hidden (type of `hidden`), grad_weight and grad_bias (float32, or float64). grad_weight is None
+        if it was added to `weight_grad_VD`.
     """
     x = inputs
     pass_over = row_pass(impl)
-    num_rows, dim = x.hidden_ND.shape
-    weight_VD = x.weight_VD[:vocab]
-    dtype = x.hidden_ND.dtype
+    dtype, device = x.hidden_ND.dtype, x.hidden_ND.device
     acc = gemm.accumulator_dtype(dtype)
     need_hidden, need_weight, need_bias = needs
     grad_dtype = dtype if any(needs) else None
+    weight_VD = x.weight_VD[:vocab]
     bias_V = None if x.bias_V is None else x.bias_V[:vocab].to(acc).contiguous()
-    labels_N = x.labels_N.contiguous()
-    kept_N = (labels_N != options.ignore_index)[:, None]
-    weighed_N = kept_N & (x.scale_N != 0)[:, None]
+    source = teachers.prepare(x.teacher, options.teacher_temperature)
+    index_M = kept_rows(x.labels_N, options.ignore_index, num_kept)
+    num_rows = x.hidden_ND.shape[0] if index_M is None else index_M.shape[0]
+    # Rows that do not count but are still there are cleared: 0 * inf would reach the weight gradient.
+    clear = index_M is None and device.type != "cpu"
 
-    stats_SN = torch.zeros(NUM_STATS, num_rows, dtype=acc, device=x.hidden_ND.device)
-    grad_hidden = torch.empty_like(x.hidden_ND, memory_format=torch.contiguous_format) if need_hidden else None
-    grad_weight = torch.empty(x.weight_VD.shape, dtype=acc, device=x.hidden_ND.device) if need_weight else None
-    grad_bias = torch.zeros(x.weight_VD.shape[0], dtype=acc, device=x.hidden_ND.device) if need_bias else None
-    if grad_weight is not None:
+    stats_SN = torch.zeros(NUM_STATS, x.hidden_ND.shape[0], dtype=acc, device=device)
+    grad_hidden = grad_weight = grad_bias = None
+    if need_hidden:
+        make = torch.empty_like if index_M is None else torch.zeros_like
+        grad_hidden = make(x.hidden_ND, memory_format=torch.contiguous_format)
+    if need_weight and x.weight_grad_VD is None:
+        grad_weight = torch.empty(x.weight_VD.shape, dtype=acc, device=device)
         grad_weight[vocab if num_rows else 0 :] = 0
-    if num_rows == 0:
-        return stats_SN, grad_hidden, grad_weight, grad_bias
+    if need_bias:
+        grad_bias = torch.zeros(x.weight_VD.shape[0], dtype=acc, device=device)
+    total_VD = grad_weight if x.weight_grad_VD is None else x.weight_grad_VD
 
-    limit = chunk_bytes(x.hidden_ND.device) if budget is None else budget
-    step = chunk_rows(num_rows, vocab, dim, acc.itemsize, limit)
+    limit = chunk_bytes(device) if budget is None else budget
+    step = chunk_rows(num_rows, vocab, x.hidden_ND.shape[1], acc.itemsize, limit)
 
     def chunk(n: int, z: Tensor | None, u: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Rows n, n + 1, ...; takes and returns buffers of former logits, where the library can write into them."""
         part = slice(n, min(n + step, num_rows))
-        # Rows that do not count are cleared: 0 * inf would reach the weight gradient.
-        hidden_CD = torch.where(kept_N[part], x.hidden_ND[part], 0)
+        index_C = None if index_M is None else index_M[part]
+
+        def pick(rows: Tensor) -> Tensor:
+            return rows[part] if index_C is None else rows.index_select(0, index_C)
+
+        labels_C, scale_C = pick(x.labels_N).contiguous(), pick(x.scale_N)
+        hidden_CD = pick(x.hidden_ND)
+        if clear:
+            hidden_CD = torch.where((labels_C != options.ignore_index)[:, None], hidden_CD, 0)
         z = gemm.logits(hidden_CD, weight_VD, z)
-        if x.teacher_hidden_NDt is not None:
-            u = teacher_logits(inputs, part, vocab, u, *teacher_cap)
-        elif x.teacher_NV is not None:
-            u = x.teacher_NV[part]
-        tensors = Rows(z, u, bias_V, labels_N[part], x.scale_N[part], x.omega_N[part], stats_SN[:, part])
+        teacher = teachers.rows(source, pick, labels_C, vocab, u)
+        stats_SC = stats_SN[:, part] if index_C is None else stats_SN.new_empty(NUM_STATS, labels_C.shape[0])
+        tensors = Rows(z, *teacher, bias_V, labels_C, scale_C, pick(x.omega_N), stats_SC)
         grad_CV = pass_over(tensors, grad_dtype, options)
+        if index_C is not None:
+            stats_SN.index_copy_(1, index_C, stats_SC)
         if grad_CV is not None:
-            if grad_hidden is not None:
+            if grad_hidden is not None and index_C is None:
                 gemm.hidden_grad(grad_CV, weight_VD, grad_hidden[part])
-            if grad_weight is not None:
-                weighed_CD = torch.where(weighed_N[part], hidden_CD, 0)
-                gemm.add_weight_grad(grad_weight[:vocab], grad_CV, weighed_CD, first=n == 0)
+            elif grad_hidden is not None:
+                grad_hidden_CD = torch.empty_like(hidden_CD)
+                gemm.hidden_grad(grad_CV, weight_VD, grad_hidden_CD)
+                grad_hidden.index_copy_(0, index_C, grad_hidden_CD)
+            if need_weight:
+                weighed_CD = torch.where((scale_C != 0)[:, None], hidden_CD, 0)
+                first = n == 0 and x.weight_grad_VD is None
+                gemm.add_weight_grad(total_VD[:vocab], grad_CV, weighed_CD, first=first)
             if grad_bias is not None:
                 gemm.add_bias_grad(grad_bias[:vocab], grad_CV)
-        keep_u = u if x.teacher_hidden_NDt is not None and gemm.writes_into_buffer(x.teacher_hidden_NDt) else None
-        return (z if gemm.writes_into_buffer(hidden_CD) else None), keep_u
+        reusable = source.kind == "hidden" and gemm.writes_into_buffer(source.tensors[0])
+        return (z if gemm.writes_into_buffer(hidden_CD) else None), (teacher.dense_CV if reusable else None)
 
     buffers: tuple[Tensor | None, Tensor | None] = (None, None)
     for n in range(0, num_rows, step):
         buffers = chunk(n, *buffers)
     return stats_SN, grad_hidden, grad_weight, grad_bias
-
-
-def teacher_logits(
-    x: Inputs, part: slice, vocab: int, buffer: Tensor | None, logit_scale: float, softcap: float | None
-) -> Tensor:
-    """Logits of TeacherHidden for the rows `part`."""
-    assert x.teacher_hidden_NDt is not None
-    assert x.teacher_weight_VDt is not None
-    u_CV = gemm.logits(x.teacher_hidden_NDt[part], x.teacher_weight_VDt[:vocab], buffer)
-    if x.teacher_bias_V is not None:
-        u_CV += x.teacher_bias_V[:vocab]
-    if logit_scale != 1.0:
-        u_CV *= logit_scale
-    if softcap is not None:
-        u_CV.div_(softcap).tanh_().mul_(softcap)
-    return u_CV

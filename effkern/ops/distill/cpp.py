@@ -4,17 +4,20 @@ import torch
 from torch import Tensor
 
 from effkern import native
-from effkern.ops.distill.rows import DIVERGENCES, RowOptions, Rows
+from effkern.ops.distill.rows import DIVERGENCES, SPARSE_KINDS, RowOptions, Rows
+
+_NAMES = list(DIVERGENCES)
 
 
 def cpp_rows(rows: Rows, grad_dtype: torch.dtype | None, options: RowOptions) -> Tensor | None:
     """See `reference.reference_rows`. A bfloat16 gradient fills the first half of each row of `logits_RV`."""
     native.load("_C")
     o, logits_RV = options, rows.logits_RV
+    sparse_kind = SPARSE_KINDS.index(o.teacher) if rows.ids_RK is not None else -1
     torch.ops.effkern.distill_rows_(
-        *rows, DIVERGENCES.index(o.divergence), grad_dtype is not None, grad_dtype == torch.bfloat16,
-        o.temperature, o.teacher_temperature, o.label_smoothing, o.z_loss, o.softcap or 0.0, o.logit_scale,
-        o.ignore_index,
+        *rows, _NAMES.index(o.divergence), o.alpha, o.beta, o.divergence_scale, o.teacher == "logprobs", sparse_kind,
+        grad_dtype is not None, grad_dtype == torch.bfloat16, o.temperature, o.teacher_temperature, o.label_smoothing,
+        o.z_loss, o.softcap or 0.0, o.logit_scale, o.ignore_index,
     )  # fmt: skip
     if grad_dtype is None:
         return None

@@ -42,7 +42,7 @@ def _onednn_available() -> bool:
 
 def _onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x weight^T in new memory."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, None, "none", [], "")
 
 
 def logits(hidden_CD: Tensor, weight_VD: Tensor, buffer_CV: Tensor | None) -> Tensor:

@@ -4,9 +4,12 @@ z student logits, u teacher logits, q = softmax(z / T), p = softmax(u / T'), y l
 L_n = (1 - omega) CE_n + omega D(p_n, q_n) + c lse(z_n)^2
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from effkern.ops.distill import divergences, sparse
 from effkern.ops.distill.rows import RowOptions, Rows
 
 
@@ -16,98 +19,135 @@ def cap(s: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
     return s if softcap is None else softcap * torch.tanh(s / softcap)
 
 
-def forward_kl(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor) -> Tensor:
-    """sum p (log p - log q), with 0 log 0 = 0.
+class _Row(NamedTuple):
+    """What values and gradients share: student, and dense or sparse teacher, with ignored rows replaced."""
 
-    Each term is taken as p x + q - p with x = log p - log q: the same sum, as p and q both sum to one, but every
-    term is non-negative, so that nothing cancels where the models agree.
-    """
-    x = torch.where(p > 0, log_p - log_q, 0.0)
-    small = x.abs() < 0.5
-    x_small = torch.where(small, x, 0.0)
-    x_large = torch.where(small, 0.0, x)
-    terms = torch.where(small & (p > 0), p * (x_small + torch.expm1(-x_small)), p * x_large + (q - p))
-    return terms.sum(-1)
+    z: Tensor
+    valid: Tensor
+    y: Tensor
+    log_q: Tensor
+    pair: divergences.Pair | None
+    kept: sparse.Kept | None
 
 
-def row_stats(
-    raw: Tensor, u: Tensor | None, bias: Tensor | None, labels: Tensor, omega: Tensor, options: RowOptions
-) -> Tensor:
-    """The rows of DistillStats, stacked: [11, R]. Differentiable in `raw` [R, V] through row 0."""
-    acc = torch.promote_types(raw.dtype, torch.float32)
-    raw = raw.to(acc)
-    z = cap(raw if bias is None else raw + bias.to(acc), options.logit_scale, options.softcap)
-    valid = labels != options.ignore_index
+def _prepare(rows: Rows, options: RowOptions) -> _Row:
+    o = options
+    acc = torch.promote_types(rows.logits_RV.dtype, torch.float32)
+    raw = rows.logits_RV.to(acc)
+    z = cap(raw if rows.bias_V is None else raw + rows.bias_V.to(acc), o.logit_scale, o.softcap)
+    valid = rows.labels_R != o.ignore_index
     # An ignored row is replaced, not multiplied by zero: it may hold inf or NaN.
     z = torch.where(valid[:, None], z, 0.0)
-    y = torch.where(valid, labels, 0).long()[:, None]
+    y = torch.where(valid, rows.labels_R, 0).long()[:, None]
+    log_q = torch.log_softmax(z / o.temperature, -1)
+    pair = kept = None
+    if rows.teacher_RV is not None:
+        u = torch.where(valid[:, None], rows.teacher_RV[:, : z.shape[1]].to(acc), 0.0)
+        log_p = u if o.teacher == "logprobs" else torch.log_softmax(u / o.teacher_temperature, -1)
+        pair = divergences.Pair(z, u, log_q.exp(), log_q, log_p.exp(), log_p, y)
+    elif rows.ids_RK is not None:
+        assert rows.logprobs_RK is not None
+        ids = torch.where(valid[:, None], rows.ids_RK, -1)
+        kept = sparse.gather(log_q, ids, rows.logprobs_RK, y, o)
+    return _Row(z, valid, y, log_q, pair, kept)
+
+
+def row_stats(rows: Rows, options: RowOptions) -> Tensor:
+    """The rows of DistillStats, stacked: [13, R]. Differentiable in `logits_RV` through row 0."""
+    o, omega = options, rows.omega_R
+    x = _prepare(rows, o)
+    z, y = x.z, x.y
     zero = z.new_zeros(z.shape[0])
 
     lse = torch.logsumexp(z, -1)
     ce = lse - z.gather(1, y).squeeze(1)
     smoothed = ce
-    if options.label_smoothing > 0:
-        smoothed = (1 - options.label_smoothing) * ce + options.label_smoothing * (lse - z.mean(-1))
-    log_q = torch.log_softmax(z / options.temperature, -1)
-    q = log_q.exp()
-    hit = (z.gather(1, y).squeeze(1) >= z.amax(-1)).to(acc)
+    if o.label_smoothing > 0:
+        smoothed = (1 - o.label_smoothing) * ce + o.label_smoothing * (lse - z.mean(-1))
+    q = x.log_q.exp()
+    largest = z == z.amax(-1, keepdim=True)
+    hit = largest.gather(1, y).squeeze(1)
     # Detached: the (zero) gradient of a masked entry would be 0 * -inf.
-    entropy = -torch.where(q > 0, q * log_q, 0.0).sum(-1).detach()
+    entropy = -torch.where(q > 0, q * x.log_q, 0.0).sum(-1).detach()
 
-    if u is None:
-        kd = teacher_lse = log_p_y = teacher_entropy = teacher_hit = zero
-    else:
-        u = torch.where(valid[:, None], u[:, : z.shape[1]].to(acc), 0.0)
-        log_p = torch.log_softmax(u / options.teacher_temperature, -1)
-        p = log_p.exp()
-        kd = forward_kl(p, log_p, q, log_q)
-        teacher_lse = torch.logsumexp(u / options.teacher_temperature, -1)
-        log_p_y = log_p.gather(1, y).squeeze(1)
-        teacher_entropy = -torch.where(p > 0, p * log_p, 0.0).sum(-1)
-        teacher_hit = (u.gather(1, y).squeeze(1) >= u.amax(-1)).to(acc)
+    kd = teacher_lse = log_p_y = teacher_entropy = teacher_hit = agreement = zero
+    if x.pair is not None:
+        pair = x.pair
+        kd = divergences.value(pair, o)
+        log_p_y = pair.log_p.gather(1, y).squeeze(1)
+        teacher_lse = torch.logsumexp(pair.u / (1.0 if o.teacher == "logprobs" else o.teacher_temperature), -1)
+        teacher_entropy = -torch.where(pair.p > 0, pair.p * pair.log_p, 0.0).sum(-1)
+        teacher_largest = pair.u == pair.u.amax(-1, keepdim=True)
+        teacher_hit = teacher_largest.gather(1, y).squeeze(1)
+        agreement = (largest & teacher_largest).any(-1)
+    elif x.kept is not None:
+        kept = x.kept
+        kd = sparse.value(kept, x.log_q, y, o)
+        log_p_y = sparse.label_log_target(kept, z.shape[1], o)
+        teacher_lse = torch.where(kept.filled, rows.logprobs_RK.to(z.dtype), -torch.inf).logsumexp(-1)
+        teacher_entropy = sparse.entropy(kept, z.shape[1], o)
+        teacher_largest = kept.filled & (kept.t == kept.t.amax(-1, keepdim=True)) & (kept.t > 0)
+        teacher_hit = (teacher_largest & kept.is_label).any(-1)
+        agreement = (teacher_largest & largest.gather(1, kept.ids)).any(-1)
+    kd = o.divergence_scale * kd
 
     # A weight of zero switches a term off, even where it is infinite.
     loss = torch.where(omega < 1, (1 - omega) * smoothed, 0.0)
     loss = loss + torch.where(omega > 0, omega * kd, 0.0)
-    if options.z_loss > 0:
-        loss = loss + options.z_loss * lse.square()
-    rows = (
-        loss, ce, kd, lse, teacher_lse, log_q.gather(1, y).squeeze(1), log_p_y, entropy, teacher_entropy, hit,
-        teacher_hit,
+    if o.z_loss > 0:
+        loss = loss + o.z_loss * lse.square()
+    with torch.no_grad():
+        ratio = _gradient_ratio(x, omega, o)
+    columns = (
+        loss, ce, kd, lse, teacher_lse, x.log_q.gather(1, y).squeeze(1), log_p_y, entropy, teacher_entropy,
+        hit.to(z.dtype), teacher_hit.to(z.dtype), ratio, agreement.to(z.dtype),
     )  # fmt: skip
-    return torch.stack([torch.where(valid, row, 0.0) for row in rows])
+    return torch.stack([torch.where(x.valid, column, 0.0) for column in columns])
 
 
-def row_grad(
-    raw: Tensor, u: Tensor | None, bias: Tensor | None, labels: Tensor, omega: Tensor, options: RowOptions
-) -> Tensor:
+def _soft_slope(x: _Row, options: RowOptions) -> Tensor | None:
+    """d (factor D) / dz, [R, V]."""
+    factor = options.divergence_scale / options.temperature
+    if x.pair is not None:
+        return factor * divergences.slope(x.pair, options)
+    if x.kept is not None:
+        return factor * sparse.slope(x.kept, x.log_q.exp(), x.y, options)
+    return None
+
+
+def _gradient_ratio(x: _Row, omega: Tensor, options: RowOptions) -> Tensor:
+    """(1 - omega) + omega (dD / dz_y) / (q_y - 1)."""
+    soft = _soft_slope(x, options)
+    if soft is None:
+        return 1 - omega
+    miss = -torch.expm1(torch.log_softmax(x.z, -1).gather(1, x.y).squeeze(1))
+    at_label = soft.gather(1, x.y).squeeze(1)
+    ratio = torch.where(miss > 0, -at_label / torch.where(miss > 0, miss, 1.0), 0.0)
+    return (1 - omega) + torch.where(omega > 0, omega * ratio, 0.0)
+
+
+def row_grad(rows: Rows, options: RowOptions) -> Tensor:
     """d loss / d raw of each row, [R, V]: the derivatives of `row_stats` by hand.
 
-    g = (1 - omega) (q1 - (1 - eps) e_y - eps / V) + 2 c lse q1 + omega / T (q - p),  q1 = softmax(z)
+    g = (1 - omega) (q1 - (1 - eps) e_y - eps / V) + 2 c lse q1 + omega dD / dz,  q1 = softmax(z)
     times k (1 - (z / cap)^2) for scale and softcap.
     """
-    o = options
-    acc = torch.promote_types(raw.dtype, torch.float32)
-    raw = raw.to(acc)
-    z = cap(raw if bias is None else raw + bias.to(acc), o.logit_scale, o.softcap)
-    valid = labels != o.ignore_index
-    y = torch.where(valid, labels, 0).long()[:, None]
-    hard = (1 - omega)[:, None]
-    q1 = torch.softmax(z, -1)
-    one_hot = torch.zeros_like(z).scatter_(1, y, 1.0)
-    target = (1 - o.label_smoothing) * one_hot + o.label_smoothing / z.shape[1]
-    g = hard * (q1 - target)
+    o, omega = options, rows.omega_R[:, None]
+    x = _prepare(rows, o)
+    q1 = torch.softmax(x.z, -1)
+    one_hot = torch.zeros_like(x.z).scatter_(1, x.y, 1.0)
+    target = (1 - o.label_smoothing) * one_hot + o.label_smoothing / x.z.shape[1]
+    g = (1 - omega) * (q1 - target)
     if o.z_loss > 0:
-        g = g + 2 * o.z_loss * torch.logsumexp(z, -1, keepdim=True) * q1
-    if u is not None:
-        p = torch.softmax(u[:, : z.shape[1]].to(acc) / o.teacher_temperature, -1)
-        q = q1 if o.temperature == 1.0 else torch.softmax(z / o.temperature, -1)
-        g = g + torch.where(omega[:, None] > 0, omega[:, None] / o.temperature * (q - p), 0.0)
+        g = g + 2 * o.z_loss * torch.logsumexp(x.z, -1, keepdim=True) * q1
+    soft = _soft_slope(x, o)
+    if soft is not None:
+        g = g + torch.where(omega > 0, omega * soft, 0.0)
     if o.softcap is not None:
-        g = g * (1 - (z / o.softcap).square())
+        g = g * (1 - (x.z / o.softcap).square())
     if o.logit_scale != 1.0:
         g = g * o.logit_scale
-    return torch.where(valid[:, None], g, 0.0)
+    return torch.where(x.valid[:, None], g, 0.0)
 
 
 def reference_rows(rows: Rows, grad_dtype: torch.dtype | None, options: RowOptions) -> Tensor | None:
@@ -115,19 +155,18 @@ def reference_rows(rows: Rows, grad_dtype: torch.dtype | None, options: RowOptio
 
     The gradient may live in the memory of `logits_RV`. This is the plain PyTorch pass.
     """
-    args = (rows.logits_RV, rows.teacher_RV, rows.bias_V, rows.labels_R, rows.omega_R, options)
-    rows.stats_SR.copy_(row_stats(*args))
+    rows.stats_SR.copy_(row_stats(rows, options))
     if grad_dtype is None:
         return None
     scale = rows.scale_R[:, None]
-    return torch.where(scale != 0, scale * row_grad(*args), 0.0).to(grad_dtype)
+    return torch.where(scale != 0, scale * row_grad(rows, options), 0.0).to(grad_dtype)
 
 
 def linear_distill_loss(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    teacher_logits: Tensor | None = None,
+    teacher: Tensor | tuple[Tensor, Tensor] | None = None,
     *,
     options: RowOptions,
     omega: Tensor | float = 0.0,
@@ -137,13 +176,19 @@ def linear_distill_loss(
     reduction: str = "mean",
     denom: Tensor | float | None = None,
 ) -> Tensor:
-    """The whole loss with all N x V logits live, differentiable by autograd: for tests and as the eager baseline."""
+    """The whole loss with all N x V logits live, differentiable by autograd: for tests and as the eager baseline.
+
+    `teacher` is a tensor of logits (log-probabilities), or (ids, logprobs); options.teacher says which.
+    """
     valid_rows = weight.shape[0] if vocab_valid is None else vocab_valid
     raw = hidden @ weight[:valid_rows].t()
     rows = raw.shape[0]
-    omega_N = torch.as_tensor(omega, dtype=torch.promote_types(raw.dtype, torch.float32)).expand(rows)
+    acc = torch.promote_types(raw.dtype, torch.float32)
+    omega_N = torch.as_tensor(omega, dtype=acc, device=raw.device).expand(rows)
     bias = None if bias is None else bias[:valid_rows]
-    loss_N = row_stats(raw, teacher_logits, bias, labels, omega_N, options)[0]
+    dense = None if isinstance(teacher, tuple) else teacher
+    ids, logprobs = teacher if isinstance(teacher, tuple) else (None, None)
+    loss_N = row_stats(Rows(raw, dense, ids, logprobs, bias, labels, omega_N, omega_N, omega_N), options)[0]
     kept = (labels != options.ignore_index).to(loss_N.dtype)
     weights_N = kept if weights is None else kept * weights.to(loss_N.dtype)
     if reduction == "none":
