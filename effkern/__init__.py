@@ -14,12 +14,14 @@ from effkern.ops.distill import (
     TeacherTopK,
     linear_distill_loss,
 )
+from effkern.ops.token_stats import LabelStats, token_stats
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DistillResult",
     "DistillStats",
+    "LabelStats",
     "TeacherConfidence",
     "TeacherHidden",
     "TeacherLogProbs",
@@ -30,6 +32,7 @@ __all__ = [
     "linear_distill_loss",
     "nn",
     "optim",
+    "token_stats",
 ]
 
 

@@ -1,4 +1,7 @@
-"""Plain PyTorch of label_rank, the oracle of the compiled kernels. N rows, V vocabulary; runs in float64 too."""
+"""Plain PyTorch of both ops, the oracle of the compiled kernels; runs in float64 too.
+
+N rows, V vocabulary, D hidden size
+"""
 
 import torch
 from torch import Tensor
@@ -18,3 +21,22 @@ def label_rank(logits_NV: Tensor, labels: Tensor, ignore_index: int, vocab_valid
 
     loss = (lse - z_y).masked_fill(ignored, 0)
     return loss, lse.masked_fill(ignored, 0), z_y.masked_fill(ignored, 0), rank
+
+
+def token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_valid: int | None = None,
+    ignore_index: int = -100,
+) -> tuple[Tensor, ...]:
+    """(loss, lse, label_logit, rank) of each row, as head.token_stats defines them, with all of N x V in memory."""
+    z_NV = hidden @ weight.t()
+    z_NV = z_NV if z_NV.dtype == torch.float64 else z_NV.float()
+    z_NV = logit_scale * (z_NV if bias is None else z_NV + bias.to(z_NV.dtype))
+    if softcap is not None:
+        z_NV = softcap * torch.tanh(z_NV / softcap)
+    return label_rank(z_NV, labels.long(), ignore_index, weight.shape[0] if vocab_valid is None else vocab_valid)
