@@ -69,22 +69,27 @@ def _jsd(x: Pair, beta: float) -> Tensor:
     return beta * kl(x.p, m.m, m.p_over_m) + (1 - beta) * kl(x.q, m.m, m.q_over_m)
 
 
-def _skew_forward_kl(x: Pair, alpha: float) -> Tensor:
-    m = _mixture(x, alpha)
-    return kl(x.p, m.m, m.p_over_m) + (1 - alpha) * (x.p.sum(-1) - 1)
+def _excess(x: Pair, options: RowOptions) -> Tensor:
+    """S - 1, [R]. A softmax has the mass 1 by definition: the rounding of its sum would drown a small divergence."""
+    return x.p.sum(-1) - 1 if options.teacher == "logprobs" else x.p.new_zeros(x.p.shape[0])
 
 
-def _skew_reverse_kl(x: Pair, alpha: float) -> Tensor:
-    m = _mixture(x, 1 - alpha)
-    return kl(x.q, m.m, m.q_over_m) - (1 - alpha) * (x.p.sum(-1) - 1)
+def _skew_forward_kl(x: Pair, options: RowOptions) -> Tensor:
+    m = _mixture(x, options.alpha)
+    return kl(x.p, m.m, m.p_over_m) + (1 - options.alpha) * _excess(x, options)
 
 
-def _forward_kl(x: Pair) -> Tensor:
-    return kl(x.p, x.q, _log_ratio(x.log_p, x.log_q)) + (x.p.sum(-1) - 1)
+def _skew_reverse_kl(x: Pair, options: RowOptions) -> Tensor:
+    m = _mixture(x, 1 - options.alpha)
+    return kl(x.q, m.m, m.q_over_m) - (1 - options.alpha) * _excess(x, options)
 
 
-def _reverse_kl(x: Pair) -> Tensor:
-    return kl(x.q, x.p, _log_ratio(x.log_q, x.log_p)) - (x.p.sum(-1) - 1)
+def _forward_kl(x: Pair, options: RowOptions) -> Tensor:
+    return kl(x.p, x.q, _log_ratio(x.log_p, x.log_q)) + _excess(x, options)
+
+
+def _reverse_kl(x: Pair, options: RowOptions) -> Tensor:
+    return kl(x.q, x.p, _log_ratio(x.log_q, x.log_p)) - _excess(x, options)
 
 
 class _Apart(NamedTuple):
@@ -161,19 +166,19 @@ def _logit_slope(x: Pair, name: str) -> Tensor:
 
 def value(x: Pair, options: RowOptions) -> Tensor:
     """D of each row, [R], before its factor; differentiable in z by autograd."""
-    name, alpha, beta = options.divergence, options.alpha, options.beta
+    name, beta = options.divergence, options.beta
     if name == "forward_kl":
-        return _forward_kl(x)
+        return _forward_kl(x, options)
     if name == "reverse_kl":
-        return _reverse_kl(x)
+        return _reverse_kl(x, options)
     if name == "symmetric_kl":
-        return beta * _forward_kl(x) + (1 - beta) * _reverse_kl(x)
+        return beta * _forward_kl(x, options) + (1 - beta) * _reverse_kl(x, options)
     if name == "jsd":
         return _jsd(x, beta)
     if name == "skew_forward_kl":
-        return _skew_forward_kl(x, alpha)
+        return _skew_forward_kl(x, options)
     if name == "skew_reverse_kl":
-        return _skew_reverse_kl(x, alpha)
+        return _skew_reverse_kl(x, options)
     if name == "tvd":
         return 0.5 * (x.p - x.q).abs().sum(-1)
     if name == "decoupled_kl":
