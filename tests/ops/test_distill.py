@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from effkern import TeacherHidden, TeacherLogits, linear_distill_loss
-from effkern.ops.distill import reference
 from effkern.ops.distill.rows import RowOptions
 from tests.numerics import assert_as_good_as_eager, rel_err
 from tests.ops import distill_cases as cases
@@ -218,9 +217,7 @@ def test_small_divergence_is_accurate(impl):
     exact = case.hidden.double() @ case.weight.double().t()
     case.teacher = (exact + 3e-3 * torch.randn(exact.shape, device=cases.DEVICE)).float()
     wide = cases.to(case, dtype=torch.float64)
-    truth = reference.row_stats(
-        wide.hidden @ wide.weight.t(), wide.teacher, None, wide.labels, torch.ones(4, device=cases.DEVICE), wide.options
-    )[2]
+    truth = cases.stats_oracle(wide)[2]
     got = linear_distill_loss(
         case.hidden, case.weight, case.labels, impl=impl, **cases.arguments(case)
     ).stats.divergence
@@ -275,11 +272,8 @@ def test_stats(impl):
     result = linear_distill_loss(
         case.hidden, case.weight, case.labels, bias=case.bias, impl=impl, **cases.arguments(case)
     )
-    wide = cases.to(case, dtype=torch.float64)
-    omega = torch.full((7,), case.omega, device=cases.DEVICE, dtype=torch.float64)
-    truth = reference.row_stats(
-        wide.hidden @ wide.weight.t(), wide.teacher, wide.bias, wide.labels, omega, case.options
-    )
+    truth = cases.stats_oracle(cases.to(case, dtype=torch.float64))
+    assert len(truth) == len(result.stats) == 13
     for name, got, want in zip(result.stats._fields, result.stats, truth):
         assert torch.allclose(got.double(), want, rtol=1e-5, atol=1e-6), name
         assert not got.requires_grad

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from effkern import TeacherHidden, TeacherLogits, linear_distill_loss, native
 from effkern.nn import LinearDistillLoss
+from effkern.ops import registry
 from tests.numerics import assert_as_good_as_eager, rel_err
 from tests.ops import distill_cases as cases
 
@@ -118,28 +119,48 @@ def test_compile_fullgraph(impl, teacher, reduction):
             assert rel_err(b, a.double()) < 1e-6
 
 
+# One source of teachers each: the kind of `cases.make`, and what the op calls it.
+SOURCES = {"none": (False, "none"), "rows": (True, "rows"), "hidden": ("hidden", "hidden"),
+           "sparse": ("tail_bucket", "sparse"), "table": ("similarity+prob", "table")}  # fmt: skip
+
+
+@pytest.mark.parametrize("source", SOURCES)
 @IMPL
-def test_opcheck(impl):
-    case = cases.make(rows=6, vocab=40, bias=True)
+def test_opcheck(impl, source):
+    """Schema and shape function of the op for every source of teachers, with and without a buffer for the weight."""
+    case = cases.make(rows=6, vocab=40, bias=True, teacher=SOURCES[source][0])
     hidden, weight, bias = cases.leaves(case)
     ones, omega = torch.ones(6, device=cases.DEVICE), torch.full((6,), 0.5, device=cases.DEVICE)
-    for teacher, needs in ((case.teacher, [True, True, True]), (None, [False, False, False])):
+    t = case.teacher
+    teacher = {"none": lambda: [], "rows": lambda: [t], "hidden": lambda: [t.hidden, t.weight],
+               "sparse": lambda: [t.ids, t.logprobs], "table": lambda: [t.table, t.prob]}[source]()  # fmt: skip
+    options = list(case.options._replace(teacher=cases.plain_teacher(case)[1]))
+    vocab = 40 if source == "table" else 38
+    if source in ("rows", "hidden", "none"):
+        case.labels.clamp_(max=37)
+    else:
+        vocab = 40
+    into = torch.zeros_like(weight.detach())
+    for needs, weight_grad in (([True, True, True], None), ([False, False, False], None), ([True, True, False], into)):
         torch.library.opcheck(
             torch.ops.effkern.linear_distill_fwd.default,
-            (hidden, weight, bias, case.labels, ones, omega, teacher, None, None, None, "forward_kl", 1.0, 1.0, 0.0,
-             0.0, None, 1.0, None, 1.0, -100, 38, torch.float32, impl, needs, None),
+            (hidden, weight, bias, case.labels, ones, omega, teacher, source, 1.0, None, *options, vocab,
+             torch.float32, impl, True, needs, None, None, weight_grad),
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
 
 
-def test_opcheck_rows_cpp():
-    if native.load("_C"):
-        pytest.skip(str(native.load("_C")))
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_opcheck_rows_cpp(sparse):
+    if "cpp" not in [i.name for i in registry.registered()["linear_distill_loss"]] or native.load("_C"):
+        pytest.skip(str(native.load("_C") or "the C++ row pass is not registered"))
     z, u = torch.randn(5, 40), torch.randn(5, 40)
+    ids, logprobs = torch.stack([torch.randperm(40)[:4] for _ in range(5)]), torch.full((5, 4), -2.0)
+    dense, kept = ((None, ids, logprobs), 0) if sparse else ((u, None, None), -1)
     torch.library.opcheck(
         torch.ops.effkern.distill_rows_.default,
-        (z, u, None, torch.arange(5), torch.ones(5), torch.full((5,), 0.5), torch.zeros(11, 5), 0, True, False, 1.0,
-         1.0, 0.0, 0.0, 0.0, 1.0, -100),
+        (z, *dense, None, torch.arange(5), torch.ones(5), torch.full((5,), 0.5), torch.zeros(13, 5), 0, 0.0, 0.0, 1.0,
+         False, kept, True, False, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, -100),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
 
@@ -274,8 +295,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 def test_peak_memory_does_not_grow_with_the_tokens():
     """4096 x 16000 logits would be 250 MiB; two 8 MiB buffers, a weight tile and thread scratch are live."""
-    if native.load("_C"):
-        pytest.skip(str(native.load("_C")))
+    if "cpp" not in [i.name for i in registry.registered()["linear_distill_loss"]] or native.load("_C"):
+        pytest.skip(str(native.load("_C") or "the C++ row pass is not registered"))
     peaks = [
         float(subprocess.run([sys.executable, "-c", PEAK, rows], capture_output=True, text=True, check=True).stdout)
         for rows in ("1024", "4096")
