@@ -195,20 +195,26 @@ def slope(x: Pair, options: RowOptions) -> Tensor:
         split = _label_apart(x, options)
         rest, pull = split.rest, (alpha * (split.q_y - split.p_y))[:, None]
         return (beta * (rest.q - rest.p) - rest.q * pull).scatter(1, x.y, pull)
-    r = torch.where(x.q > 0, _log_ratio(x.log_q, x.log_p), 0.0)
-    if name == "forward_kl":
-        w = -x.p
-    elif name == "reverse_kl":
-        w = x.q * r
-    elif name == "symmetric_kl":
-        w = (1 - beta) * x.q * r - beta * x.p
-    elif name == "jsd":
-        w = (1 - beta) * x.q * _mixture(x, beta).q_over_m
-    elif name == "skew_forward_kl":
-        w = -(1 - alpha) * x.p * _mixture(x, alpha).q_over_m.exp()
-    elif name == "skew_reverse_kl":
-        q_over_m = _mixture(x, 1 - alpha).q_over_m
-        w = x.q * (q_over_m - alpha * q_over_m.exp())
-    else:
-        w = 0.5 * x.q * torch.sign(x.q - x.p)
+    w = weight(x, options)
     return w - x.q * w.sum(-1, keepdim=True)
+
+
+def weight(x: Pair, options: RowOptions) -> Tensor:
+    """w = q dD/dq, [R, V]: entry by entry, so that a slice of the vocabulary can have its own; no logit losses here."""
+    name, alpha, beta = options.divergence, options.alpha, options.beta
+    if name == "forward_kl":
+        return -x.p
+    if name == "jsd":
+        return (1 - beta) * x.q * _mixture(x, beta).q_over_m
+    if name == "skew_forward_kl":
+        return -(1 - alpha) * x.p * _mixture(x, alpha).q_over_m.exp()
+    if name == "skew_reverse_kl":
+        q_over_m = _mixture(x, 1 - alpha).q_over_m
+        return x.q * (q_over_m - alpha * q_over_m.exp())
+    if name == "tvd":
+        return 0.5 * x.q * torch.sign(x.q - x.p)
+    r = torch.where(x.q > 0, _log_ratio(x.log_q, x.log_p), 0.0)
+    if name == "reverse_kl":
+        return x.q * r
+    assert name == "symmetric_kl"
+    return (1 - beta) * x.q * r - beta * x.p
