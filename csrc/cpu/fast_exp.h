@@ -45,6 +45,47 @@ EFFKERN_INLINE float fast_exp(float x) {
   return x < low ? 0.0f : p * scale + scale;
 }
 
+// log(x) for normal x > 0, relative error below 2e-7; -inf for 0, NaN for NaN.
+// x = 2^n (1 + f), 1 + f in [sqrt(1/2), sqrt(2)); log(1 + f) = f - f^2 / 2 + f^3 P(f), P fitted to 6e-9.
+EFFKERN_INLINE float fast_log(float x) {
+  const int32_t root_half = 0x3f3504f3;
+  const int32_t bits = float_to_bits(x);
+  const int32_t n = (bits - root_half) >> 23;
+  const float f = bits_to_float(bits - static_cast<int32_t>(static_cast<uint32_t>(n) << 23)) - 1.0f;
+  float p = -0.0763449302f;
+  p = p * f + 0.127615756f;
+  p = p * f - 0.131601831f;
+  p = p * f + 0.142017582f;
+  p = p * f - 0.166233573f;
+  p = p * f + 0.200012269f;
+  p = p * f - 0.25000821f;
+  p = p * f + 0.333333317f;
+  const float exponent = static_cast<float>(n);
+  const float log_f = f - (0.5f * f * f - f * f * f * p);
+  const float result = exponent * 0.693359375f + (log_f - exponent * 2.12194440e-4f);
+  return x > 0.0f ? result : (x == 0.0f ? bits_to_float(static_cast<int32_t>(0xff800000u)) : x);
+}
+
+// log(1 + x) for x in [-1, 0], relative error below 4e-7.
+EFFKERN_INLINE float fast_log1p(float x) {
+  // What is lost in rounding 1 + x is added back as its share of the logarithm's slope.
+  const float sum = 1.0f + x;
+  const float lost = x - (sum - 1.0f);
+  return fast_log(sum) + (sum > 0.0f ? lost / sum : 0.0f);
+}
+
+// x^2 S(x) = x + exp(-x) - 1 for |x| < 1/2, relative error below 1e-8.
+EFFKERN_INLINE float excess_series(float x) {
+  float s = 2.48015873e-5f;
+  s = s * x - 1.98412698e-4f;
+  s = s * x + 1.38888889e-3f;
+  s = s * x - 8.33333333e-3f;
+  s = s * x + 4.16666667e-2f;
+  s = s * x - 1.66666667e-1f;
+  s = s * x + 0.5f;
+  return x * x * s;
+}
+
 // tanh(x), absolute error below 2e-7, relative below 4e-7; +-1 at +-inf, NaN for NaN.
 EFFKERN_INLINE float fast_tanh(float x) {
   float square = x * x;

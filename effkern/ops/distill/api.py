@@ -26,7 +26,7 @@ from effkern.ops.distill.types import (
 )
 
 OP = "linear_distill_loss"
-registry.register(OP, registry.triton(), registry.reference())
+registry.register(OP, registry.cpp(), registry.triton(), registry.reference())
 
 # Fields of the teacher classes that hold floating-point tensors of kernels.
 TEACHER_FLOATS = ("logits", "logprobs", "hidden", "table", "prob")

@@ -1,0 +1,205 @@
+// The divergences of a dense teacher. To add one: a struct with value, weight and what its sums mean, a line in
+// distill_dense.cpp, and its name in effkern/ops/distill/rows.py.
+//
+// As D depends on z through q alone, dD / d(z / T) = w - q W with w = q dD / dq and W = sum w. Class 2 knows W from
+// the statistics pass; class 3 sums it in a pass of its own. The logit losses have W = 0.
+#pragma once
+
+#include "cpu/distill_math.h"
+
+namespace effkern {
+
+// One entry of both models.
+struct Entry {
+  float p, q, log_p, log_q, z, u;
+};
+
+// What is known of a row after its statistics pass.
+struct RowFacts {
+  double mass = 1.0;     // sum of p
+  double reverse = 0.0;  // sum q (log q - log p)
+  // Of label against rest, decoupled_kl only.
+  double q_label = 0.0, p_label = 0.0, binary = 0.0;
+  // Means, and sums of squares and products about them (about 0 without centring), logit losses only.
+  double mean_z = 0.0, mean_u = 0.0, zz = 0.0, uu = 0.0, zu = 0.0;
+  int64_t vocab = 1;
+};
+
+struct Divergence {
+  static constexpr bool sums_weights = false;  // class 3
+  static constexpr bool needs_reverse = false;
+  static constexpr bool label_apart = false;  // p and q of an Entry are those off the label
+  static constexpr bool on_logits = false, centred = false;
+  float total = 0.0f;   // W, class 2
+  double extra = 0.0;   // D = factor * (sum of values) + extra
+  double factor = 1.0;
+};
+
+struct ForwardKL : Divergence {
+  ForwardKL(const RowFacts& r, const RowOptions&) {
+    total = static_cast<float>(-r.mass);
+    extra = r.mass - 1.0;
+  }
+  EFFKERN_INLINE float value(const Entry& e) const { return kl_term(e.p, e.q, e.log_p - e.log_q); }
+  EFFKERN_INLINE float weight(const Entry& e) const { return -e.p; }
+};
+
+// q (log q - log p), 0 where q = 0.
+EFFKERN_INLINE float reverse_weight(const Entry& e) { return e.q > 0.0f ? e.q * (e.log_q - e.log_p) : 0.0f; }
+
+struct ReverseKL : Divergence {
+  static constexpr bool needs_reverse = true;
+  ReverseKL(const RowFacts& r, const RowOptions&) {
+    total = static_cast<float>(r.reverse);
+    extra = 1.0 - r.mass;
+  }
+  EFFKERN_INLINE float value(const Entry& e) const { return kl_term(e.q, e.p, e.log_q - e.log_p); }
+  EFFKERN_INLINE float weight(const Entry& e) const { return reverse_weight(e); }
+};
+
+struct SymmetricKL : Divergence {
+  static constexpr bool needs_reverse = true;
+  float forward, backward;
+  SymmetricKL(const RowFacts& r, const RowOptions& o) : forward(o.beta), backward(1.0f - o.beta) {
+    total = static_cast<float>(backward * r.reverse - forward * r.mass);
+    extra = (forward - backward) * (r.mass - 1.0);
+  }
+  EFFKERN_INLINE float value(const Entry& e) const {
+    const float x = e.log_p - e.log_q;
+    return forward * kl_term(e.p, e.q, x) + backward * kl_term(e.q, e.p, -x);
+  }
+  EFFKERN_INLINE float weight(const Entry& e) const { return backward * reverse_weight(e) - forward * e.p; }
+};
+
+// m = share p + (1 - share) q, with log(p / m) and log(q / m).
+struct Mixture {
+  float m, p_over_m, q_over_m;
+};
+
+EFFKERN_INLINE Mixture mix(const Entry& e, float share) {
+  // log(q / m) = -log(1 + share (p / q - 1)), from the larger of the two, so that the exponential is at most 1.
+  const float gap = e.log_p - e.log_q;
+  const float far = gap > 0.0f ? gap : -gap;
+  // exp(-far) - 1
+  const float less = far < 0.5f ? excess_series(far) - far : fast_exp(-far) - 1.0f;
+  const float above = fast_log1p((gap > 0.0f ? 1.0f - share : share) * less);
+  return {share * e.p + (1.0f - share) * e.q, gap > 0.0f ? -above : gap - above, gap > 0.0f ? -gap - above : -above};
+}
+
+struct JSD : Divergence {
+  static constexpr bool sums_weights = true;
+  float beta;
+  JSD(const RowFacts&, const RowOptions& o) : beta(o.beta) {}
+  EFFKERN_INLINE float value(const Entry& e) const {
+    const Mixture x = mix(e, beta);
+    return beta * kl_term(e.p, x.m, x.p_over_m) + (1.0f - beta) * kl_term(e.q, x.m, x.q_over_m);
+  }
+  EFFKERN_INLINE float weight(const Entry& e) const {
+    return e.q > 0.0f ? (1.0f - beta) * e.q * mix(e, beta).q_over_m : 0.0f;
+  }
+};
+
+struct SkewForwardKL : Divergence {
+  static constexpr bool sums_weights = true;
+  float alpha;
+  SkewForwardKL(const RowFacts& r, const RowOptions& o) : alpha(o.alpha) { extra = (1.0 - alpha) * (r.mass - 1.0); }
+  EFFKERN_INLINE float value(const Entry& e) const {
+    const Mixture x = mix(e, alpha);
+    return kl_term(e.p, x.m, x.p_over_m);
+  }
+  EFFKERN_INLINE float weight(const Entry& e) const {
+    const float m = alpha * e.p + (1.0f - alpha) * e.q;
+    return m > 0.0f ? -(1.0f - alpha) * e.p * (e.q / m) : 0.0f;
+  }
+};
+
+struct SkewReverseKL : Divergence {
+  static constexpr bool sums_weights = true;
+  float alpha;
+  SkewReverseKL(const RowFacts& r, const RowOptions& o) : alpha(o.alpha) { extra = (1.0 - alpha) * (1.0 - r.mass); }
+  EFFKERN_INLINE float value(const Entry& e) const {
+    const Mixture x = mix(e, 1.0f - alpha);
+    return kl_term(e.q, x.m, x.q_over_m);
+  }
+  EFFKERN_INLINE float weight(const Entry& e) const {
+    const Mixture x = mix(e, 1.0f - alpha);
+    return e.q > 0.0f ? e.q * (x.q_over_m - alpha * (e.q / x.m)) : 0.0f;
+  }
+};
+
+struct TVD : Divergence {
+  static constexpr bool sums_weights = true;
+  TVD(const RowFacts&, const RowOptions&) {}
+  EFFKERN_INLINE float value(const Entry& e) const { return 0.5f * std::fabs(e.p - e.q); }
+  EFFKERN_INLINE float weight(const Entry& e) const {
+    return e.q > e.p ? 0.5f * e.q : (e.q < e.p ? -0.5f * e.q : 0.0f);
+  }
+};
+
+struct DecoupledKL : Divergence {
+  static constexpr bool label_apart = true;
+  float beta;
+  DecoupledKL(const RowFacts& r, const RowOptions& o) : beta(o.beta) {
+    // Off the label: beta (q - p) - q alpha (q_y - p_y).
+    total = static_cast<float>(o.alpha * (r.q_label - r.p_label) - o.beta);
+    factor = o.beta;
+    extra = o.alpha * r.binary;
+  }
+  EFFKERN_INLINE float value(const Entry& e) const { return kl_term(e.p, e.q, e.log_p - e.log_q); }
+  EFFKERN_INLINE float weight(const Entry& e) const { return -beta * e.p; }
+};
+
+// share * sum (a (z - mean_z) - b (u - mean_u))^2, and its gradient without the part along z - mean_z that a
+// normalisation takes away.
+struct LogitLoss : Divergence {
+  static constexpr bool on_logits = true;
+  float a = 1.0f, b = 1.0f, mean_z = 0.0f, mean_u = 0.0f, along = 0.0f, slope = 0.0f;
+  EFFKERN_INLINE float difference(const Entry& e) const { return a * (e.z - mean_z) - b * (e.u - mean_u); }
+  EFFKERN_INLINE float value(const Entry& e) const { return difference(e) * difference(e); }
+  EFFKERN_INLINE float weight(const Entry& e) const {
+    return slope * (difference(e) - along * (a * (e.z - mean_z)));
+  }
+
+ protected:
+  explicit LogitLoss(const RowFacts& r, double share) : mean_z(r.mean_z), mean_u(r.mean_u) {
+    factor = share;
+    slope = static_cast<float>(2.0 * share);
+  }
+  // z and u are divided by their size, whose squares are these; 0 stays 0.
+  void divide(const RowFacts& r, double zz, double uu) {
+    a = zz > 0.0 ? static_cast<float>(1.0 / std::sqrt(zz)) : 0.0f;
+    b = uu > 0.0 ? static_cast<float>(1.0 / std::sqrt(uu)) : 0.0f;
+    const double length = std::sqrt(r.zz) * std::sqrt(r.uu);
+    along = static_cast<float>(1.0 - (length > 0.0 ? r.zu / length : 0.0));
+    slope *= a;
+  }
+};
+
+struct MSE : LogitLoss {
+  MSE(const RowFacts& r, const RowOptions&) : LogitLoss(r, 1.0 / static_cast<double>(r.vocab)) {}
+};
+
+struct CenteredMSE : MSE {
+  static constexpr bool centred = true;
+  using MSE::MSE;
+};
+
+struct ZScoredMSE : LogitLoss {
+  static constexpr bool centred = true;
+  ZScoredMSE(const RowFacts& r, const RowOptions&) : LogitLoss(r, 1.0 / static_cast<double>(r.vocab)) {
+    divide(r, r.zz / static_cast<double>(r.vocab), r.uu / static_cast<double>(r.vocab));
+  }
+};
+
+struct Cosine : LogitLoss {
+  Cosine(const RowFacts& r, const RowOptions&) : LogitLoss(r, 0.5) {
+    divide(r, r.zz, r.uu);
+    // |a - b|^2 / 2 is 1 - cos of unit vectors; a zero vector has the cosine 0 with everything.
+    if (a == 0.0f || b == 0.0f) {
+      factor = 0.0;
+      extra = 1.0;
+    }
+  }
+};
+
+}  // namespace effkern
