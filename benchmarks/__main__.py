@@ -14,6 +14,10 @@ def main(arguments: list[str]) -> int:
     if arguments and arguments[0] not in OPS:
         print(f"benchmarks: op must be one of {', '.join(OPS)}, got {arguments[0]!r}", file=sys.stderr)
         return 2
+    if arguments[:1] == ["distill"] and "--explain" in arguments:
+        from effkern.cli import main as effkern
+
+        return effkern(["bench", *arguments])
     for op in arguments[:1] or OPS:
         print(f"== {op}", flush=True)
         done = subprocess.run([sys.executable, "-m", f"benchmarks.ops.{op}", *arguments[1:]], check=False)

@@ -293,7 +293,14 @@ def doctor(json: bool = False) -> int:
 
 
 def bench(arguments: Sequence[str]) -> int:
-    """Run the benchmark suite of a source checkout; arguments go to `python -m benchmarks`."""
+    """Run the benchmark suite of a source checkout; arguments go to `python -m benchmarks`.
+
+    `distill --explain` prints the cost model's table instead, and needs no checkout.
+    """
+    if arguments[:1] == ["distill"] and "--explain" in arguments:
+        from effkern.ops.distill.explain import main as explain
+
+        return explain(arguments[1:])
     root = Path(__file__).resolve().parents[1]
     if not (root / "benchmarks" / "__main__.py").is_file():
         raise ValueError(
