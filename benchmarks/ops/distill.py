@@ -3,7 +3,7 @@
     python -m benchmarks.ops.distill                     teacher logits given (three products)
     python -m benchmarks.ops.distill --case hidden       the teacher's output layer inside (four products)
     python -m benchmarks.ops.distill --case hard         no teacher: cross entropy alone
-    python -m benchmarks.ops.distill --rows-only         the C++ row pass alone, ns per logit
+    python -m benchmarks.ops.distill --divergence jsd    another divergence
     python -m benchmarks.ops.distill --tiles             the products of one chunk, by tile width and library
 
 The floor is the matrix products alone by torch.mm, into buffers that exist, all rows at once. The op itself calls a
@@ -13,25 +13,32 @@ faster library for two of them; the second line is the floor with those calls.
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 # First, as it sets the thread policy before torch is imported.
 from benchmarks import runner  # isort: skip
 
 import torch
-import torch.nn.functional as F
 
+from benchmarks import handwritten
+from benchmarks.handwritten import OMEGA, PARAMETERS
 from effkern import TeacherHidden, TeacherLogits, linear_distill_loss
 from effkern.ops.distill import gemm
+from effkern.ops.distill.rows import DIVERGENCES
 
-OMEGA, CHECK_ROWS = 0.5, 64
+CHECK_ROWS = 64
+# Those that Liger has a chunked loss for: beta of its JSD, or its cosine loss.
+LIGER = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": PARAMETERS["beta"], "cosine": None}
 
 
 @dataclass
 class Inputs:
     """Tensors of one case; the teacher comes as logits, as hidden states, or not at all."""
+
+    divergence: str
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -41,7 +48,9 @@ class Inputs:
     teacher_weight: torch.Tensor | None
 
 
-def make(case: str, rows: int, dim: int, vocab: int, teacher_dim: int, dtype: torch.dtype, device: str) -> Inputs:
+def make(
+    divergence: str, case: str, rows: int, dim: int, vocab: int, teacher_dim: int, dtype: torch.dtype, device: str
+) -> Inputs:
     torch.manual_seed(0)
     hidden = torch.randn(rows, dim, device=device).to(dtype)
     weight = (torch.randn(vocab, dim, device=device) * 2 / dim**0.5).to(dtype)
@@ -51,7 +60,7 @@ def make(case: str, rows: int, dim: int, vocab: int, teacher_dim: int, dtype: to
         (torch.randn(vocab, teacher_dim, device=device) * 2 / teacher_dim**0.5).to(dtype) if case == "hidden" else None
     )
     labels = torch.randint(0, vocab, (rows,), device=device)
-    return Inputs(hidden.requires_grad_(), weight.requires_grad_(), labels, logits, states, head)
+    return Inputs(divergence, hidden.requires_grad_(), weight.requires_grad_(), labels, logits, states, head)
 
 
 def effkern_loss(x: Inputs) -> torch.Tensor:
@@ -61,41 +70,31 @@ def effkern_loss(x: Inputs) -> torch.Tensor:
     elif x.teacher_hidden is not None and x.teacher_weight is not None:
         teacher = TeacherHidden(x.teacher_hidden, x.teacher_weight)
     omega, t = (None, None) if teacher is None else (OMEGA, 1.0)
+    needed: dict[str, Any] = {name: PARAMETERS[name] for name in DIVERGENCES[x.divergence].parameters}
     return linear_distill_loss(
-        x.hidden, x.weight, x.labels, teacher=teacher, omega=omega, temperature=t, teacher_temperature=t
-    ).loss
+        x.hidden, x.weight, x.labels, teacher=teacher, omega=omega, temperature=t, teacher_temperature=t,
+        divergence=x.divergence, **needed,
+    ).loss  # fmt: skip
 
 
-def plain_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor | None
-) -> torch.Tensor:
-    """The loss as one writes it by hand."""
-    logits = hidden @ weight.t()
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    logits = logits.to(wide)
-    hard = F.cross_entropy(logits, labels)
-    if teacher is None:
-        return hard
-    soft = F.kl_div(
-        F.log_softmax(logits, -1), F.log_softmax(teacher.to(wide), -1), reduction="batchmean", log_target=True
-    )
-    return (1 - OMEGA) * hard + OMEGA * soft
-
-
-def eager_loss(x: Inputs, plain: Callable = plain_loss) -> torch.Tensor:
+def eager_loss(x: Inputs, plain: Callable | None = None) -> torch.Tensor:
     teacher = x.teacher_logits
     if x.teacher_hidden is not None and x.teacher_weight is not None:
         teacher = x.teacher_hidden @ x.teacher_weight.t()
-    return plain(x.hidden, x.weight, x.labels, teacher)
+    return (plain or partial(handwritten.loss, x.divergence))(x.hidden, x.weight, x.labels, teacher)
 
 
-def liger_loss() -> Callable[[Inputs], torch.Tensor] | str:
-    """Liger's chunked loss (beta = 0 is forward KL), or why it cannot run."""
+def liger_loss(divergence: str) -> Callable[[Inputs], torch.Tensor] | str:
+    """Liger's chunked loss, or why it cannot run."""
+    if divergence not in LIGER:
+        return f"Liger-Kernel has no chunked {divergence}"
     try:
-        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+        from liger_kernel.chunked_loss import LigerFusedLinearCosineSimilarityLoss, LigerFusedLinearJSDLoss
     except ImportError as error:
         return f"Liger-Kernel: {error}"
-    loss = LigerFusedLinearJSDLoss(weight_hard_loss=1 - OMEGA, weight_soft_loss=OMEGA, beta=0.0)
+    mix = {"weight_hard_loss": 1 - OMEGA, "weight_soft_loss": OMEGA}
+    beta = LIGER[divergence]
+    loss = LigerFusedLinearCosineSimilarityLoss(**mix) if beta is None else LigerFusedLinearJSDLoss(**mix, beta=beta)
 
     def run(x: Inputs) -> torch.Tensor:
         return loss(x.hidden, x.weight, x.teacher_hidden, x.teacher_weight, x.labels)
@@ -156,10 +155,10 @@ def variants(x: Inputs, names: list[str]) -> dict[str, Callable[[], None]]:
         elif name == "eager":
             made[name] = step(x, eager_loss)
         elif name == "torch.compile":
-            compiled = torch.compile(plain_loss)
+            compiled = torch.compile(partial(handwritten.loss, x.divergence))
             made[name] = step(x, lambda x, c=compiled: eager_loss(x, c))  # type: ignore[misc]
         elif name == "liger chunked (compiled)":
-            liger = liger_loss()
+            liger = liger_loss(x.divergence)
             if isinstance(liger, str):
                 print(f"left out: {liger}", file=sys.stderr)
             else:
@@ -182,7 +181,7 @@ def check(x: Inputs) -> None:
         assert weight is not None
         assert labels is not None
         teacher = one(x.teacher_logits), one(x.teacher_hidden), one(x.teacher_weight, None)
-        return Inputs(hidden.requires_grad_(), weight.requires_grad_(), labels, *teacher)
+        return Inputs(x.divergence, hidden.requires_grad_(), weight.requires_grad_(), labels, *teacher)
 
     narrow, wide = copy(wide=False), copy(wide=True)
     loss, truth = effkern_loss(narrow), eager_loss(wide)
@@ -196,40 +195,6 @@ def check(x: Inputs) -> None:
         error = ((got.double() - want).norm() / want.norm()).item()
         if not error <= bound:
             raise SystemExit(f"wrong result: relative error {error:.1e} > {bound:.0e}; nothing is timed")
-
-
-def rows_only(vocab: int, rounds: int) -> None:
-    """The row pass alone on one thread, with logits from memory, beside a copy of the same bytes."""
-    torch.set_num_threads(1)
-    rows = 256
-    z, u = torch.randn(rows, vocab), torch.randn(rows, vocab)
-    labels, scale, stats = torch.randint(0, vocab, (rows,)), torch.ones(rows), torch.empty(11, rows)
-    linear_distill_loss(torch.randn(2, 4), torch.randn(3, 4), torch.zeros(2, dtype=torch.int64), impl="cpp")
-
-    def run(teacher: torch.Tensor | None, grad: bool) -> Callable[[], None]:
-        omega = torch.full((rows,), 0.0 if teacher is None else OMEGA)
-        op = torch.ops.effkern.distill_rows_
-        return lambda: op(
-            z, teacher, None, labels, scale, omega, stats, 0, grad, False, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, -100
-        )
-
-    cases = {
-        "copy (8 bytes a logit)": lambda: z.copy_(u),
-        "kl + gradient": run(u, True),
-        "kl, evaluation": run(u, False),
-        "kl + gradient, bf16 teacher": run(u.bfloat16(), True),
-        "hard + gradient": run(None, True),
-        "hard, evaluation": run(None, False),
-    }
-    best = {name: float("inf") for name in cases}
-    for _ in range(rounds):
-        for name, call in cases.items():
-            z.normal_()
-            start = time.process_time()
-            call()
-            best[name] = min(best[name], time.process_time() - start)
-    for name, seconds in best.items():
-        print(f"{name:<28} {seconds / rows / vocab * 1e9:.2f} ns per logit and core")
 
 
 def tiles(rows: int, dim: int, vocab: int, rounds: int) -> None:
@@ -250,9 +215,20 @@ def tiles(rows: int, dim: int, vocab: int, rounds: int) -> None:
     print(runner.table(runner.interleave({"one product": tiled(vocab), **cases}, rounds), "one product", {}))
 
 
+CASE = ("divergence", "case", "rows", "dim", "teacher_dim", "vocab", "dtype", "device")
+
+
+def peak_mib(variant: str, case: dict, threads: int) -> float:
+    """Memory of one variant beyond inputs and gradients, in a process of its own."""
+    options = [f"--{name.replace('_', '-')}={case[name]}" for name in CASE]
+    command = (*options, f"--threads={threads}", f"--peak-of={variant}")
+    return int(runner.in_fresh_process("benchmarks.ops.distill", *command)) / 2**20
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=["logits", "hidden", "hard"], default="logits")
+    parser.add_argument("--divergence", choices=list(DIVERGENCES), default="forward_kl")
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--teacher-dim", type=int, default=512)
@@ -263,21 +239,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
     parser.add_argument("--no-memory", action="store_true", help="times only")
-    parser.add_argument("--rows-only", action="store_true")
     parser.add_argument("--tiles", action="store_true")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.device == "cpu":
         torch.set_num_threads(a.threads)
-    if a.rows_only:
-        return rows_only(a.vocab, 3 * a.rounds)
     if a.tiles:
         return tiles(256, a.dim, a.vocab, a.rounds)
-    shape = (a.case, a.rows, a.dim, a.vocab, a.teacher_dim, getattr(torch, a.dtype), a.device)
+    shape = (a.divergence, a.case, a.rows, a.dim, a.vocab, a.teacher_dim, getattr(torch, a.dtype), a.device)
     if a.peak_of:
         print(runner.peak_memory(lambda: variants(make(*shape), [a.peak_of])[a.peak_of]))
         return None
 
+    case = {name: getattr(a, name) for name in CASE}
     names = ["products", "products as in effkern", "effkern", "torch.compile", "eager"]
     if a.case == "hidden":
         names.insert(3, "liger chunked (compiled)")
@@ -287,15 +261,11 @@ def main() -> None:
     timings = runner.interleave(runs, a.rounds)
     extra: dict[str, dict] = {}
     if a.device == "cpu" and not a.no_memory:
-        options = [f"--{k}={getattr(a, k.replace('-', '_'))}" for k in
-                   ("case", "rows", "dim", "teacher-dim", "vocab", "dtype", "device", "threads")]  # fmt: skip
         for name in runs:
             if not name.startswith("products"):
-                peak = int(runner.in_fresh_process("benchmarks.ops.distill", *options, f"--peak-of={name}"))
-                extra[name] = {"peak_mib": peak / 2**20}
+                extra[name] = {"peak_mib": peak_mib(name, case, a.threads)}
     if a.device != "cpu":
         extra = {name: {"peak_mib": runner.peak_device_memory(run) / 2**20} for name, run in runs.items()}
-    case = {k: getattr(a, k) for k in ("case", "rows", "dim", "teacher_dim", "vocab", "dtype", "device")}
     if a.json:
         print("\n".join(runner.result_lines("distill", case, timings, extra)))
     else:

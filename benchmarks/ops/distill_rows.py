@@ -1,7 +1,7 @@
 """The C++ row pass of linear_distill_loss alone, ns per logit and core, beside a copy of the same bytes.
 
-    python -m benchmarks.ops.distill_rows                every divergence, on one thread, logits from memory
-    python -m benchmarks.ops.distill_rows --vocab 4096   another row length
+python -m benchmarks.ops.distill_rows                every divergence, on one thread, logits from memory
+python -m benchmarks.ops.distill_rows --vocab 4096   another row length
 """
 
 import argparse
@@ -42,8 +42,8 @@ def main() -> None:
 
     def run(o: RowOptions, dense: torch.Tensor | None, sparse: bool = False, grad: bool = True) -> Callable[[], object]:
         omega = torch.full((ROWS,), 0.5)
-        pair = (ids, logprobs) if sparse else (None, None)
-        rows = Rows(z, dense, *pair, None, labels, ones, omega, stats)
+        kept = (ids if sparse else None, logprobs if sparse else None)
+        rows = Rows(z, dense, kept[0], kept[1], None, labels, ones, omega, stats)
         return lambda: cpp_rows(rows, torch.float32 if grad else None, o)
 
     plain = options("forward_kl")

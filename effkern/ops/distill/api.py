@@ -221,17 +221,18 @@ def _source(
         return Source("sparse", (teacher.ids, _kept_logprobs(teacher))), teacher.kind, t
     if isinstance(teacher, TeacherConfidence):
         # The label alone is kept, and the rest is spread: KD-pt is the smallest case of KD-topk.
-        prob = teacher.prob.detach()
-        ids = labels[:, None].clone()
-        return Source("sparse", (ids, _wide(prob).log()[:, None])), "uniform_tail", 1.0
+        return (
+            Source("sparse", (labels[:, None].clone(), _wide(teacher.prob.detach()).log()[:, None])),
+            "uniform_tail",
+            1.0,
+        )
     if isinstance(teacher, TeacherSimilarity):
-        tensors = (teacher.table, teacher.prob)
         kind = "logits" if divergence == "decoupled_kl" else "logprobs"
-        return Source("table", tuple(x.detach() for x in tensors if x is not None)), kind, t
+        prob = () if teacher.prob is None else (teacher.prob.detach(),)
+        return Source("table", (teacher.table.detach(), *prob)), kind, t
     dtype = _compute_dtype(teacher.hidden)
-    tensors = (teacher.hidden.detach().to(dtype), teacher.weight.detach().to(dtype))
-    if teacher.bias is not None:
-        tensors = (*tensors, teacher.bias.detach())
+    bias = () if teacher.bias is None else (teacher.bias.detach(),)
+    tensors = (teacher.hidden.detach().to(dtype), teacher.weight.detach().to(dtype), *bias)
     return Source("hidden", tensors, float(teacher.logit_scale), teacher.softcap), "logits", t
 
 
@@ -347,7 +348,7 @@ class _LinearDistill(torch.autograd.Function):
         return *scaled, *nothing
 
 
-def _call_op(hidden, weight, bias, rows, teacher, scalars, needs, extras) -> Any:  # type: ignore[no-untyped-def]
+def _call_op(hidden, weight, bias, rows, teacher, scalars, needs, extras) -> Any:
     num_kept, chunk_bytes, weight_grad = extras
     return torch.ops.effkern.linear_distill_fwd(
         hidden, weight, bias, *rows, list(teacher), *scalars, list(needs), num_kept, chunk_bytes, weight_grad

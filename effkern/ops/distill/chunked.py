@@ -135,7 +135,7 @@ def run(
         grad_weight[vocab if num_rows else 0 :] = 0
     if need_bias:
         grad_bias = torch.zeros(x.weight_VD.shape[0], dtype=acc, device=device)
-    total_VD = grad_weight if x.weight_grad_VD is None else x.weight_grad_VD
+    total_VD = x.weight_grad_VD if need_weight and x.weight_grad_VD is not None else grad_weight
 
     limit = chunk_bytes(device) if budget is None else budget
     step = chunk_rows(num_rows, vocab, x.hidden_ND.shape[1], acc.itemsize, limit)
@@ -160,13 +160,12 @@ def run(
         if index_C is not None:
             stats_SN.index_copy_(1, index_C, stats_SC)
         if grad_CV is not None:
-            if grad_hidden is not None and index_C is None:
-                gemm.hidden_grad(grad_CV, weight_VD, grad_hidden[part])
-            elif grad_hidden is not None:
-                grad_hidden_CD = torch.empty_like(hidden_CD)
-                gemm.hidden_grad(grad_CV, weight_VD, grad_hidden_CD)
-                grad_hidden.index_copy_(0, index_C, grad_hidden_CD)
-            if need_weight:
+            if grad_hidden is not None:
+                out_CD = grad_hidden[part] if index_C is None else torch.empty_like(hidden_CD)
+                gemm.hidden_grad(grad_CV, weight_VD, out_CD)
+                if index_C is not None:
+                    grad_hidden.index_copy_(0, index_C, out_CD)
+            if total_VD is not None:
                 weighed_CD = torch.where((scale_C != 0)[:, None], hidden_CD, 0)
                 first = n == 0 and x.weight_grad_VD is None
                 gemm.add_weight_grad(total_VD[:vocab], grad_CV, weighed_CD, first=first)

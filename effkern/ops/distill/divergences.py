@@ -156,7 +156,7 @@ def _logit_slope(x: Pair, name: str) -> Tensor:
     (d, factor), (e, _) = (_standardised(logits, *_LOGIT_LOSSES[name]) for logits in (x.z, x.u))
     share = 0.5 if name == "cosine" else 1.0 / x.z.shape[1]
     # Stretching z changes nothing after normalisation: the part of d - e along d goes.
-    along = 0.0
+    along = torch.zeros_like(d)
     if _LOGIT_LOSSES[name][1] == "sd":
         along = d * (1 - (d * e).mean(-1, keepdim=True))
     elif name == "cosine":

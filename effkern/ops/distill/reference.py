@@ -81,6 +81,7 @@ def row_stats(rows: Rows, options: RowOptions) -> Tensor:
         teacher_hit = teacher_largest.gather(1, y).squeeze(1)
         agreement = (largest & teacher_largest).any(-1)
     elif x.kept is not None:
+        assert rows.logprobs_RK is not None
         kept = x.kept
         kd = sparse.value(kept, x.log_q, y, o)
         log_p_y = sparse.label_log_target(kept, z.shape[1], o)

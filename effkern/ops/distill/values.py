@@ -40,7 +40,8 @@ def check_teacher(source: Source, options: RowOptions, labels: Tensor, vocab: in
     """Every value of the teacher on the rows that count."""
     kept_N = labels != options.ignore_index
     if source.kind == "sparse":
-        _check_sparse(*source.tensors, kept_N, vocab)
+        ids, logprobs = source.tensors
+        _check_sparse(ids, logprobs, kept_N, vocab)
     elif source.kind == "table":
         _check_finite("teacher.table", source.tensors[0])
         for prob in source.tensors[1:]:
