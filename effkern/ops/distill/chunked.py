@@ -10,16 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from effkern.ops.distill import gemm, teachers
+from effkern.ops.distill import ceilings, cost, gemm, teachers
 from effkern.ops.distill.reference import reference_rows
-from effkern.ops.distill.rows import RowOptions, Rows
+from effkern.ops.distill.rows import DIVERGENCES, RowOptions, Rows
 from effkern.ops.distill.teachers import Source
 from effkern.ops.distill.types import DistillStats
 
 NUM_STATS = len(DistillStats._fields)
-
-# Bytes of one V-wide chunk buffer on a CPU: 256 rows at V = 32000.
-CPU_CHUNK_BYTES = 32 << 20
 
 
 class Inputs(NamedTuple):
@@ -34,6 +31,15 @@ class Inputs(NamedTuple):
     teacher: Source
     weight_grad_VD: Tensor | None = None
     """A float32 tensor that the gradient of the weight is added to, instead of a new one."""
+    weight_grad_dtype: torch.dtype = torch.float32
+    """Type in which the gradient of the weight leaves the op: a single chunk writes it at once."""
+
+
+def chunk_bytes(device: torch.device) -> int:
+    """Default byte budget of one V-wide chunk buffer on `device`: 32 MiB on a CPU, 1/64 of a GPU's memory."""
+    if device.type == "cuda":
+        return _cuda_chunk_bytes(device.index if device.index is not None else torch.cuda.current_device())
+    return ceilings.CPU_CHUNK_BYTES
 
 
 @cache
@@ -41,25 +47,29 @@ def _cuda_chunk_bytes(index: int) -> int:
     return torch.cuda.get_device_properties(index).total_memory // 64
 
 
-def chunk_bytes(device: torch.device) -> int:
-    """Default byte budget of one V-wide chunk buffer on `device`: 32 MiB on a CPU, 1/64 of a GPU's memory."""
-    if device.type == "cuda":
-        return _cuda_chunk_bytes(device.index if device.index is not None else torch.cuda.current_device())
-    return CPU_CHUNK_BYTES
-
-
 def chunk_rows(num_rows: int, vocab: int, dim: int, element_bytes: int, budget: int) -> int:
-    """Rows per chunk: max(1024, 2 D) bounds the traffic of the weights per row, `budget` bounds the buffer.
+    """Rows per chunk for products that only read: at most max(1024, 2 D), within `budget`, in chunks of one size."""
+    problem = cost.Problem(num_rows, vocab, dim, element_bytes=element_bytes)
+    return cost.balanced(num_rows, cost.rule_rows(problem, budget))
 
-    Chunks are of equal size up to rounding, so that the last one is no remnant.
-    """
-    wanted = max(1024, 2 * dim)
-    allowed = max(1, budget // (vocab * element_bytes))
-    if allowed > 32:
-        allowed -= allowed % 32
-    most = max(1, min(num_rows, wanted, allowed))
-    num_chunks = -(-num_rows // most)
-    return -(-num_rows // num_chunks) if num_chunks else most
+
+@cache
+def _plan(problem: cost.Problem, device: torch.device, budget: int) -> cost.Plan:
+    return cost.plan(problem, ceilings.of_device(device), chunk_bytes=budget)
+
+
+def plan(x: Inputs, options: RowOptions, vocab: int, impl: str, num_rows: int, budget: int) -> cost.Plan:
+    """How the cost model would have this call computed."""
+    kind = {"rows": "logits", "table": "logits"}.get(x.teacher.kind, x.teacher.kind)
+    dtype = x.hidden_ND.dtype
+    teacher_dim = x.teacher.tensors[0].shape[1] if kind == "hidden" else 0
+    problem = cost.Problem(
+        num_rows, vocab, x.hidden_ND.shape[1], kind, teacher_dim,  # type: ignore[arg-type]
+        element_bytes=dtype.itemsize, weight_grad_bytes=x.weight_grad_dtype.itemsize,
+        logit_bytes=gemm.accumulator_dtype(dtype).itemsize, passes=DIVERGENCES[options.divergence].passes,
+        grad_in_place=impl == "cpp",
+    )  # fmt: skip
+    return _plan(problem, x.hidden_ND.device, budget)
 
 
 def row_pass(impl: str) -> Callable[[Rows, torch.dtype | None, RowOptions], Tensor | None]:
@@ -125,20 +135,22 @@ def run(
     # Rows that do not count but are still there are cleared: 0 * inf would reach the weight gradient.
     clear = index_M is None and device.type != "cpu"
 
+    limit = chunk_bytes(device) if budget is None else budget
+    step = plan(x, options, vocab, impl, num_rows, limit).rows
+
     stats_SN = torch.zeros(NUM_STATS, x.hidden_ND.shape[0], dtype=acc, device=device)
     grad_hidden = grad_weight = grad_bias = None
     if need_hidden:
         make = torch.empty_like if index_M is None else torch.zeros_like
         grad_hidden = make(x.hidden_ND, memory_format=torch.contiguous_format)
     if need_weight and x.weight_grad_VD is None:
-        grad_weight = torch.empty(x.weight_VD.shape, dtype=acc, device=device)
+        # One chunk has nothing to accumulate: its product is rounded once, to the type in which it leaves.
+        single = step >= num_rows and x.weight_grad_dtype == dtype
+        grad_weight = torch.empty(x.weight_VD.shape, dtype=dtype if single else acc, device=device)
         grad_weight[vocab if num_rows else 0 :] = 0
     if need_bias:
         grad_bias = torch.zeros(x.weight_VD.shape[0], dtype=acc, device=device)
     total_VD = x.weight_grad_VD if need_weight and x.weight_grad_VD is not None else grad_weight
-
-    limit = chunk_bytes(device) if budget is None else budget
-    step = chunk_rows(num_rows, vocab, x.hidden_ND.shape[1], acc.itemsize, limit)
 
     def chunk(n: int, z: Tensor | None, u: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Rows n, n + 1, ...; takes and returns buffers of former logits, where the library can write into them."""

@@ -75,9 +75,9 @@ def hidden_grad(grad_CV: Tensor, weight_VD: Tensor, out_CD: Tensor) -> None:
 
 
 def add_weight_grad(total_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor, first: bool) -> None:
-    """total (+)= grad^T hidden; `total` is float32 (float64) whatever the inputs are, and is unread if `first`.
+    """total (+)= grad^T hidden; unread if `first`. `total` is float32 (float64), or in the type of the inputs.
 
-    On a CPU the product of one chunk is rounded to the inputs' type before it is added.
+    On a CPU the product of one chunk is rounded to the inputs' type before it is added to a float32 total.
     """
     acc = total_VD.dtype
     if hidden_CD.dtype == acc:

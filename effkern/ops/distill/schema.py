@@ -67,8 +67,9 @@ def _run(
     if check:
         values.check_teacher(given, options, labels, vocab)
     inputs = chunked.Inputs(
-        hidden.to(compute_dtype), weight.to(compute_dtype), bias, labels, scale, omega, given, weight_grad
-    )
+        hidden.to(compute_dtype), weight.to(compute_dtype), bias, labels, scale, omega, given, weight_grad,
+        grad_dtype(weight.dtype, compute_dtype),
+    )  # fmt: skip
     # The products have their types already; autocast would round the float32 tiles.
     with torch.autocast(hidden.device.type, enabled=False):
         stats, grad_hidden, grad_weight, grad_bias = chunked.run(
