@@ -39,7 +39,7 @@ def token_stats(
 
     Rows whose label is `ignore_index`: loss, lse and label_logit 0, rank -1, whatever they hold. On a CPU they are
     left out of the product; elsewhere that would need a host sync, and they are computed and dropped.
-    inf and NaN behave as in `label_rank`.
+    inf and NaN behave as in `label_rank` (impl="triton": a logit of +inf makes its row NaN).
 
     Args:
         hidden: last hidden states, [N, D], float32, bfloat16 or float16 (float64: reference only). Any strides.
@@ -51,7 +51,8 @@ def token_stats(
         logit_scale: factor on the raw logits.
         vocab_valid: rows of `weight` from here on are padding and are not read; default V.
         ignore_index: label of the rows that are left out.
-        impl: "auto", "cuda", "cpp" or "reference" (PyTorch alone, same chunks): who reads the logits.
+        impl: "auto", "cuda", "cpp" or "reference" (PyTorch alone, same chunks): who reads the logits. "triton": one
+            kernel whose logits never reach memory, for `hidden` and `weight` of stride 1 along D; only if named.
         chunk_bytes: budget of the one buffer of logits. None: the default of `linear_distill_loss`.
 
     Returns:
@@ -64,9 +65,9 @@ def token_stats(
         TypeError: an unsupported dtype or type.
         NotImplementedError: the chosen impl cannot run on this device, or not in this dtype.
 
-    Memory besides the inputs: one chunk of logits (impl="reference": three of them), the chunk's hidden states where
-    rows are left out, O(N), and under autocast the weights in its type. Deterministic on a CPU for a given number of
-    threads.
+    Memory besides the inputs: one chunk of logits (impl="reference": three of them; "triton": none), the chunk's hidden
+    states where rows are left out, O(N), and under autocast the weights in its type. Deterministic on a CPU for a
+    given number of threads.
     Source: the SALT_DS score needs (loss, rank): Rawat et al., arXiv 2410.18779.
     """
     vocab = _check_tensors(hidden, weight, labels, bias, vocab_valid)
@@ -74,8 +75,8 @@ def token_stats(
     dtype = _compute_dtype(hidden)
     stats_SN, rank_N = torch.ops.effkern.token_stats(
         hidden.detach(), weight.detach(), None if bias is None else bias.detach(), labels, float(logit_scale),
-        None if softcap is None else float(softcap), ignore_index, vocab, dtype, _choose(impl, hidden.device, dtype),
-        chunk_bytes,
+        None if softcap is None else float(softcap), ignore_index, vocab, dtype,
+        _choose(impl, hidden, weight, dtype), chunk_bytes,
     )  # fmt: skip
     loss, lse, label_logit = stats_SN.unbind(0)
     return LabelStats(loss, lse, label_logit, rank_N)
@@ -92,8 +93,11 @@ def _autocasts(x: Tensor) -> bool:
     return x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _choose(impl: str, device: torch.device, dtype: torch.dtype) -> str:
-    chosen = registry.choose("token_stats", impl, device)
+def _choose(impl: str, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> str:
+    chosen = registry.choose("token_stats", impl, hidden.device)
+    if chosen == "triton" and hidden.shape[1] > 1 and (hidden.stride(1), weight.stride(1)) != (1, 1):
+        got = (hidden.stride(1), weight.stride(1))
+        raise NotImplementedError(f"token_stats: impl='triton' covers stride 1 along D of hidden and weight, got {got}")
     if dtype != torch.float64 or chosen == "reference":
         return chosen
     if impl == "auto":

@@ -55,6 +55,10 @@ def _token_stats(
     hidden, weight = hidden.to(compute_dtype), weight[:vocab_valid].to(compute_dtype)
     # The product has its types already; autocast would round the float32 tiles.
     with torch.autocast(hidden.device.type, enabled=False):
+        if impl == "triton":
+            from effkern.ops.distill.fused_head import label_stats
+
+            return label_stats(hidden, weight, bias, labels.contiguous(), logit_scale, softcap, ignore_index)
         return chunks.run(hidden, weight, bias, labels, logit_scale, softcap, ignore_index, impl, chunk_bytes)
 
 
@@ -64,4 +68,5 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest
     return hidden.new_empty((3, labels.shape[0]), dtype=acc), labels.new_empty(labels.shape, dtype=torch.int64)
 
 
-registry.register("token_stats", registry.cuda(), registry.cpp(), registry.reference())
+# Triton comes after the one that runs anywhere, so that "auto" never takes it: no GPU has timed it yet.
+registry.register("token_stats", registry.cuda(), registry.cpp(), registry.reference(), registry.triton())
