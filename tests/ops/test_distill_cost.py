@@ -210,19 +210,28 @@ def test_when_one_chunk_is_smaller_and_faster(weight_grad_bytes, teacher_dim, in
     assert plan(p, H100, chunk_bytes=rows * vocab * 4).method == "one_chunk"
 
 
-def test_default_follows_the_rule_and_is_todays():
-    for num_rows in (1, 100, 1023, 5000, 8192, 100_000):
-        for vocab, dim in ((4096, 192), (32000, 512), (128256, 4096)):
-            for chunk_bytes in (1 << 20, 32 << 20, 1 << 30):
-                p = Problem(num_rows, vocab, dim)
-                today = chunked.chunk_rows(num_rows, vocab, dim, 4, chunk_bytes)
-                assert cost.balanced(num_rows, cost.rule_rows(p, chunk_bytes)) == today
-                found = plan(p, H100, chunk_bytes=chunk_bytes)
-                assert found.fits
-                assert found.rows == num_rows or found.rows == today
-                most = cost.rule_rows(p, chunk_bytes)
-                assert found.peak_bytes <= peak(p, "chunked", most) or today == num_rows
-    assert plan(LLAMA, H100).rows == 2048
+@pytest.mark.parametrize(
+    ("num_rows", "vocab", "dim", "mib", "rows"),
+    [
+        (700, 32000, 512, 1024, 700),
+        (8192, 32000, 512, 1024, 1024),
+        (8192, 32000, 4096, 4096, 8192),
+        (20_000, 32000, 4096, 4096, 6667),
+        (8192, 32000, 4096, 400, 2731),
+        (1024, 32000, 512, 32, 256),
+        (1000, 32000, 512, 32, 250),
+        (1000, 100_000, 512, 4, 10),
+        (1000, 1 << 21, 512, 4, 1),
+    ],
+    ids=["all", "2x512", "2x4096", "equal_chunks", "bounded", "cpu_default", "remnant", "below_a_tile", "one_row"],
+)
+def test_default_follows_the_rule(num_rows, vocab, dim, mib, rows):
+    """max(1024, 2 D) rows, within the buffer (33 rows and more: whole tiles of 32), in chunks of one size."""
+    p = Problem(num_rows, vocab, dim, weight_grad_bytes=4)
+    found = plan(p, H100, chunk_bytes=mib << 20)
+    assert found.fits
+    assert found.rows == rows
+    assert cost.rule_rows(p, mib << 20) * vocab * 4 <= max(mib << 20, vocab * 4)
 
 
 def test_a_budget_is_used_and_kept():
