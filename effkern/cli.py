@@ -331,7 +331,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
         _tyro({"build": data_build, "stats": data_stats}, "data", True),
     ),
     "doctor": ("what was built, and what each op uses here: --json", _tyro(doctor, "doctor")),
-    "bench": ("run the benchmark suite of a source checkout", bench),
+    "bench": ("benchmark suite of a source checkout; distill --explain: the cost model, anywhere", bench),
 }
 
 
