@@ -15,6 +15,13 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// [divergence][gradient]
+#define EFFKERN_ROW(D) {D##_eval, D##_grad},
+constexpr DistillVariant DENSE_VARIANTS[][2] = {EFFKERN_DIVERGENCES(EFFKERN_ROW)};
+#undef EFFKERN_ROW
+constexpr int NUM_DIVERGENCES = sizeof(DENSE_VARIANTS) / sizeof(DENSE_VARIANTS[0]);
+constexpr DistillVariant SPARSE_VARIANTS[2] = {sparse_eval, sparse_grad};
+
 // A dimension of one element has a stride that nobody uses.
 bool packed(const Tensor& x, int64_t dim) { return x.size(dim) <= 1 || x.stride(dim) == 1; }
 

@@ -26,10 +26,18 @@ struct DistillChunk {
 
 using DistillVariant = void (*)(const DistillChunk&, int64_t begin, int64_t end);
 
-// [divergence][gradient], the order of DIVERGENCES in effkern/ops/distill/rows.py.
-constexpr int NUM_DIVERGENCES = 12;
-extern const DistillVariant DENSE_VARIANTS[NUM_DIVERGENCES][2];
-extern const DistillVariant SPARSE_VARIANTS[2];
+// The order is that of DIVERGENCES in effkern/ops/distill/rows.py. Several files, as each takes long to compile.
+#define EFFKERN_DIVERGENCES(_)                                                                            \
+  _(ForwardKL) _(ReverseKL) _(SymmetricKL) _(JSD) _(SkewForwardKL) _(SkewReverseKL) _(TVD) _(DecoupledKL) \
+      _(MSE) _(CenteredMSE) _(ZScoredMSE) _(Cosine)
+
+#define EFFKERN_DECLARE(D)                                              \
+  void D##_eval(const DistillChunk& c, int64_t begin, int64_t end);     \
+  void D##_grad(const DistillChunk& c, int64_t begin, int64_t end);
+EFFKERN_DIVERGENCES(EFFKERN_DECLARE)
+#undef EFFKERN_DECLARE
+void sparse_eval(const DistillChunk& c, int64_t begin, int64_t end);
+void sparse_grad(const DistillChunk& c, int64_t begin, int64_t end);
 
 // Element n of an array of int64 or int32.
 inline int64_t load_index(const void* x, bool is_long, int64_t n) {

@@ -1,5 +1,5 @@
-// The divergences of a dense teacher. To add one: a struct with value, weight and what its sums mean, a line in
-// distill_dense.cpp, and its name in effkern/ops/distill/rows.py.
+// The divergences of a dense teacher. To add one: a struct with value, weight and what its sums mean, its name
+// in distill_chunk.h and in effkern/ops/distill/rows.py, and a line in a distill_dense_*.cpp.
 //
 // As D depends on z through q alone, dD / d(z / T) = w - q W with w = q dD / dq and W = sum w. Class 2 knows W from
 // the statistics pass; class 3 sums it in a pass of its own. The logit losses have W = 0.

@@ -28,11 +28,9 @@ EFFKERN_INLINE void run_rows(const DistillChunk& c, int64_t begin, int64_t end) 
   }
 }
 
-EFFKERN_CLONES void sparse_eval(const DistillChunk& c, int64_t begin, int64_t end) { run_rows<false>(c, begin, end); }
-EFFKERN_CLONES void sparse_grad(const DistillChunk& c, int64_t begin, int64_t end) { run_rows<true>(c, begin, end); }
-
 }  // namespace
 
-const DistillVariant SPARSE_VARIANTS[2] = {sparse_eval, sparse_grad};
+EFFKERN_CLONES void sparse_eval(const DistillChunk& c, int64_t begin, int64_t end) { run_rows<false>(c, begin, end); }
+EFFKERN_CLONES void sparse_grad(const DistillChunk& c, int64_t begin, int64_t end) { run_rows<true>(c, begin, end); }
 
 }  // namespace effkern
