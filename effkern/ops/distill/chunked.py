@@ -4,7 +4,7 @@ N rows, C rows of a chunk, V vocabulary, D and Dt hidden sizes of student and te
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -53,20 +53,25 @@ def chunk_rows(num_rows: int, vocab: int, dim: int, element_bytes: int, budget: 
     return cost.balanced(num_rows, cost.rule_rows(problem, budget))
 
 
-@cache
+@lru_cache(4096)
 def _plan(problem: cost.Problem, device: torch.device, budget: int) -> cost.Plan:
     return cost.plan(problem, ceilings.of_device(device), chunk_bytes=budget)
 
 
-def plan(x: Inputs, options: RowOptions, vocab: int, impl: str, num_rows: int, budget: int) -> cost.Plan:
+def plan(
+    x: Inputs, options: RowOptions, vocab: int, impl: str, num_rows: int, need_weight: bool, budget: int
+) -> cost.Plan:
     """How the cost model would have this call computed."""
     kind = {"rows": "logits", "table": "logits"}.get(x.teacher.kind, x.teacher.kind)
     dtype = x.hidden_ND.dtype
+    acc = gemm.accumulator_dtype(dtype)
+    # One chunk saves the accumulators of a weight gradient that leaves in another type, if there is one to be made.
+    own_grad = need_weight and x.weight_grad_VD is None
     teacher_dim = x.teacher.tensors[0].shape[1] if kind == "hidden" else 0
     problem = cost.Problem(
         num_rows, vocab, x.hidden_ND.shape[1], kind, teacher_dim,  # type: ignore[arg-type]
-        element_bytes=dtype.itemsize, weight_grad_bytes=x.weight_grad_dtype.itemsize,
-        logit_bytes=gemm.accumulator_dtype(dtype).itemsize, passes=DIVERGENCES[options.divergence].passes,
+        element_bytes=dtype.itemsize, weight_grad_bytes=(x.weight_grad_dtype if own_grad else acc).itemsize,
+        logit_bytes=acc.itemsize, passes=DIVERGENCES[options.divergence].passes,
         grad_in_place=impl == "cpp",
     )  # fmt: skip
     return _plan(problem, x.hidden_ND.device, budget)
@@ -136,7 +141,7 @@ def run(
     clear = index_M is None and device.type != "cpu"
 
     limit = chunk_bytes(device) if budget is None else budget
-    step = plan(x, options, vocab, impl, num_rows, limit).rows
+    step = plan(x, options, vocab, impl, num_rows, need_weight, limit).rows
 
     stats_SN = torch.zeros(NUM_STATS, x.hidden_ND.shape[0], dtype=acc, device=device)
     grad_hidden = grad_weight = grad_bias = None
