@@ -20,10 +20,15 @@ import torch
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
 
-SHAPES = [
-    # rows, hidden size of the student, of the teacher, vocabulary
-    (8192, 4096, 4096, 128256),
-    (8192, 1024, 512, 32000),
+# Case, divergence, rows, hidden size of the student and of the teacher, vocabulary.
+LOSSES = [
+    ("hidden", "forward_kl", 8192, 4096, 4096, 128256),
+    ("hidden", "forward_kl", 8192, 2048, 2048, 128256),
+    ("hidden", "jsd", 8192, 4096, 4096, 128256),
+    ("logits", "forward_kl", 8192, 4096, 4096, 128256),
+    ("hard", "forward_kl", 8192, 4096, 4096, 128256),
+    ("hidden", "forward_kl", 8192, 1024, 512, 32000),
+    ("hidden", "jsd", 8192, 1024, 512, 32000),
 ]
 
 
@@ -46,11 +51,13 @@ def steps(build_dir: str) -> list[Step]:
         Step("doctor", [PYTHON, "-m", "effkern.cli_doctor"], 30),
         Step("tests of the ops on the device", [*pytest, "tests/ops", "-m", "not slow"], 150),
     ]  # fmt: skip
-    for rows, dim, teacher_dim, vocab in SHAPES:
-        for case in ("logits", "hidden"):
-            options = f"--case={case} --rows={rows} --dim={dim} --teacher-dim={teacher_dim} --vocab={vocab}".split()
-            command = [PYTHON, "-m", "benchmarks.ops.distill", *options, "--dtype=bfloat16", "--rounds=7", "--json"]
-            found.append(Step(f"distill {case} {rows} x {dim} x {vocab}", command, 60, lines=True))
+    for case, divergence, rows, dim, teacher_dim, vocab in LOSSES:
+        options = f"--case={case} --divergence={divergence} --rows={rows} --dim={dim} --teacher-dim={teacher_dim}"
+        command = [PYTHON, "-m", "benchmarks.ops.distill", *options.split(), f"--vocab={vocab}", "--dtype=bfloat16"]
+        name = f"distill {case} {divergence} {rows} x {dim} x {vocab}"
+        found.append(Step(name, [*command, "--rounds=5", "--json"], 60, lines=True))
+    command = [PYTHON, "-m", "benchmarks.ops.token_stats", "--dtype=bfloat16", "--dim=256", "--json"]
+    found.append(Step("token_stats", command, 60, lines=True))
     found.append(Step("label_rank", [PYTHON, "-m", "benchmarks.ops.label_rank", "--json"], 60, lines=True))
     return found
 
