@@ -29,6 +29,7 @@ __all__ = [
     "TeacherSimilarity",
     "TeacherTopK",
     "__version__",
+    "distributed",
     "linear_distill_loss",
     "nn",
     "optim",
@@ -37,6 +38,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("nn", "optim", "models", "data", "train", "integrations"):
+    if name in ("nn", "optim", "models", "data", "train", "integrations", "distributed"):
         return import_module(f"effkern.{name}")
     raise AttributeError(f"module 'effkern' has no attribute {name!r}")

@@ -1,0 +1,18 @@
+"""Groups of 2 and 4 gloo processes, started once each: starting them takes longer than all they do."""
+
+from typing import Any
+
+import pytest
+
+from tests.distributed import count_worker, vocab_worker
+from tests.distributed.spawn import spawn
+
+
+def _work(rank: int, world: int) -> dict[str, Any]:
+    return {**count_worker.work(rank, world), **vocab_worker.work(rank, world)}
+
+
+@pytest.fixture(scope="session", params=(2, 4), ids=lambda world: f"{world}-ranks")
+def group(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """What every rank of a group has found."""
+    return spawn(request.param, _work)
