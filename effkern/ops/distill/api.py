@@ -186,7 +186,10 @@ def linear_distill_loss(
     needs = tuple(grad_on and x is not None and x.requires_grad for x in (hidden, weight, bias))
     tensors = (hidden, weight, bias, labels, weight_N, omega_N, factor)
     extras = (num_kept, chunk_bytes, weight_grad)
-    loss, stats_SN = _LinearDistill.apply(*tensors, scalars, needs, reduction, extras, *given.tensors)
+    # Always three: without gradients torch.compile tells by the number of arguments whether forward takes a ctx, and
+    # the variable number of two would be the wrong answer.
+    teacher_tensors = (*given.tensors, None, None, None)[:3]
+    loss, stats_SN = _LinearDistill.apply(*tensors, scalars, needs, reduction, extras, *teacher_tensors)
     return DistillResult(loss, DistillStats(*stats_SN.unbind(0)))
 
 
@@ -290,6 +293,7 @@ class _LinearDistill(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden, weight, bias, labels, weight_N, omega_N, factor, scalars, needs, reduction, extras,
                 *teacher):  # fmt: skip
+        teacher = tuple(x for x in teacher if x is not None)
         late = reduction == "none"
         compute_dtype = scalars[-3]
         # float16 gradients leave the row pass without 1 / denom, under which they could vanish.
