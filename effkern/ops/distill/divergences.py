@@ -104,7 +104,9 @@ class _Apart(NamedTuple):
 def _label_apart(x: Pair, options: RowOptions) -> _Apart:
     def split(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rest = logits.scatter(1, x.y, -torch.inf)
-        odds = (logits.gather(1, x.y) - rest.logsumexp(-1, keepdim=True)).squeeze(1)
+        # Around the largest, of which a logsumexp of large logits would round the fraction away.
+        peak = rest.amax(-1, keepdim=True).detach().clamp_min(torch.finfo(rest.dtype).min)
+        odds = ((logits.gather(1, x.y) - peak) - (rest - peak).logsumexp(-1, keepdim=True)).squeeze(1)
         one, two = torch.nn.functional.logsigmoid(odds), torch.nn.functional.logsigmoid(-odds)
         return torch.log_softmax(rest, -1), one, two
 
