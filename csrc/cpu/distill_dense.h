@@ -79,8 +79,9 @@ EFFKERN_INLINE DenseSoftmaxes dense_statistics(const DenseRow& row, const RowOpt
 
 // Label against rest: probabilities and the binary divergence, from the odds, so that nothing cancels.
 EFFKERN_INLINE void apart_facts(const DenseRow& row, const DenseSoftmaxes& x, RowFacts& facts) {
-  const double odds_q = static_cast<double>(row.z[row.label]) * x.q.inverse - x.rest_q.lse();
-  const double odds_p = static_cast<double>(row.u[row.label]) * x.p.inverse - x.rest_p.lse();
+  // Around the rest's maximum: as a float, the log-sum-exp of large logits has lost its fraction.
+  const auto odds = [](double x, const Softmax& rest) { return (x - rest.most) * rest.inverse - rest.log_sum; };
+  const double odds_q = odds(row.z[row.label], x.rest_q), odds_p = odds(row.u[row.label], x.rest_p);
   const auto log_sigmoid = [](double t) { return t < 0.0 ? t - std::log1p(std::exp(t)) : -std::log1p(std::exp(-t)); };
   const auto term = [](double p, double log_p, double log_q) { return p > 0.0 ? p * (log_p - log_q) : 0.0; };
   facts.q_label = std::exp(log_sigmoid(odds_q));

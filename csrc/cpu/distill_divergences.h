@@ -109,7 +109,7 @@ struct SkewForwardKL : Divergence {
   }
   EFFKERN_INLINE float weight(const Entry& e) const {
     const float m = alpha * e.p + (1.0f - alpha) * e.q;
-    return m > 0.0f ? -(1.0f - alpha) * e.p * (e.q / m) : 0.0f;
+    return m == 0.0f ? 0.0f : -(1.0f - alpha) * e.p * (e.q / m);
   }
 };
 
@@ -132,7 +132,8 @@ struct TVD : Divergence {
   TVD(const RowFacts&, const RowOptions&) {}
   EFFKERN_INLINE float value(const Entry& e) const { return 0.5f * std::fabs(e.p - e.q); }
   EFFKERN_INLINE float weight(const Entry& e) const {
-    return e.q > e.p ? 0.5f * e.q : (e.q < e.p ? -0.5f * e.q : 0.0f);
+    // The last is 0 or nan.
+    return e.q > e.p ? 0.5f * e.q : (e.q < e.p ? -0.5f * e.q : e.q - e.p);
   }
 };
 

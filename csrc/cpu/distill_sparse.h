@@ -67,7 +67,8 @@ inline SparseSums sparse_sums(const SparseRow& row, const Softmax& soft_q, doubl
     S += k.t;
     Q += k.q;
     log_q_sum += k.log_q;
-    if (k.t > 0.0) base += k.t * (k.log_t - k.log_q);
+    // Not of 0 log 0 alone: a mass of nan must be seen.
+    if (k.t != 0.0) base += k.t * (k.log_t - k.log_q);
     t_log_t += xlogx(k.t);
     r.top_t = k.t > r.top_t ? k.t : r.top_t;
     if (k.id == row.label) has_label = true, t_label += k.t;

@@ -214,7 +214,9 @@ def weight(x: Pair, options: RowOptions) -> Tensor:
         q_over_m = _mixture(x, 1 - alpha).q_over_m
         return x.q * (q_over_m - alpha * q_over_m.exp())
     if name == "tvd":
-        return 0.5 * x.q * torch.sign(x.q - x.p)
+        # sign(nan) is 0.
+        gap = x.q - x.p
+        return 0.5 * x.q * torch.where(gap.isnan(), gap, torch.sign(gap))
     r = torch.where(x.q > 0, _log_ratio(x.log_q, x.log_p), 0.0)
     if name == "reverse_kl":
         return x.q * r

@@ -35,7 +35,7 @@ def gather(log_q: Tensor, ids: Tensor, logprobs: Tensor, y: Tensor, options: Row
     if options.teacher in ("renormalized", "both_renormalized"):
         log_t = log_t / options.teacher_temperature
         total = log_t.logsumexp(-1, keepdim=True)
-        log_t = torch.where(total > -torch.inf, log_t - total, -torch.inf)
+        log_t = torch.where(total == -torch.inf, -torch.inf, log_t - total)
     t = log_t.exp()
     kept_log_q = torch.where(filled, log_q.gather(1, ids), -torch.inf)
     tail = (1 - t.sum(-1)).clamp_min(0)
@@ -43,8 +43,8 @@ def gather(log_q: Tensor, ids: Tensor, logprobs: Tensor, y: Tensor, options: Row
 
 
 def _dot(mass: Tensor, log_ratio: Tensor) -> Tensor:
-    """sum mass log_ratio, with 0 log 0 = 0."""
-    return torch.where(mass > 0, mass * torch.where(mass > 0, log_ratio, 0.0), 0.0).sum(-1)
+    """sum mass log_ratio, with 0 log 0 = 0; a mass of nan is seen."""
+    return torch.where(mass == 0, 0.0, mass * torch.where(mass == 0, 0.0, log_ratio)).sum(-1)
 
 
 def _xlogx(mass: Tensor) -> Tensor:
