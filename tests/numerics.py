@@ -22,11 +22,16 @@ def assert_as_good_as_eager(
 
 
 def assert_rows_as_good_as_eager(
-    fast: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor, relative: float, absolute: float, factor: float = 2.0
+    fast: torch.Tensor,
+    eager: torch.Tensor,
+    truth: torch.Tensor,
+    relative: float,
+    absolute: float | torch.Tensor,
+    factor: float = 2.0,
 ) -> None:
     """Row by row, so that one large row does not hide the others; infinities and NaN at the same places.
 
-    `relative` is of the row's norm. A row may also be `factor` times as far off as eager.
+    `relative` is of the row's norm, `absolute` may differ by row. A row may also be `factor` times as far off as eager.
     """
     assert fast.shape == truth.shape
     for name, same in (("nan", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
