@@ -316,9 +316,7 @@ def test_empty_and_ignored_batches(impl, kind):
     assert all(x.eq(0).all() for x in got)
     empty = replace(cases.make(rows=1, vocab=30, teacher=kind, ignored=0))
     cut = {f: v[:0] for f, v in vars(empty.teacher).items() if isinstance(v, Tensor) and f not in ("table", "weight")}
-    empty = replace(
-        empty, hidden=empty.hidden[:0], labels=empty.labels[:0], teacher=replace(empty.teacher, **cut)
-    )
+    empty = replace(empty, hidden=empty.hidden[:0], labels=empty.labels[:0], teacher=replace(empty.teacher, **cut))
     got = cases.ours(empty, impl)
     assert all(x.eq(0).all() for x in got)
     assert got[2].shape == empty.weight.shape
