@@ -4,7 +4,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from effkern.ops.distill import DistillResult, TeacherHidden, TeacherLogits, checks, linear_distill_loss
+from effkern.ops.distill import (
+    DistillResult,
+    TeacherConfidence,
+    TeacherHidden,
+    TeacherLogits,
+    TeacherLogProbs,
+    TeacherSimilarity,
+    TeacherTopK,
+    checks,
+    linear_distill_loss,
+)
+from effkern.ops.distill.types import Teacher
 
 
 class LinearDistillLoss(nn.Module):
@@ -15,7 +26,8 @@ class LinearDistillLoss(nn.Module):
 
     Args:
         temperature, teacher_temperature: T and T' of the distillation term, > 0; needed as soon as a teacher comes.
-        options: any other keyword of `linear_distill_loss` but `teacher`, `omega`, `bias`, `weights` and `denom`.
+        options: any other keyword of `linear_distill_loss`, among them divergence, alpha and beta, that is not one of
+            `forward`.
 
     Raises:
         TypeError, ValueError: an unknown option, or one that breaks its rule; said here, not at the first call.
@@ -45,34 +57,32 @@ class LinearDistillLoss(nn.Module):
         weight: Tensor,
         labels: Tensor,
         *,
-        teacher: TeacherLogits | TeacherHidden | None = None,
+        teacher: Teacher | None = None,
         omega: float | Tensor | None = None,
         bias: Tensor | None = None,
         weights: Tensor | None = None,
         denom: float | Tensor | None = None,
+        num_kept: int | None = None,
+        weight_grad: Tensor | None = None,
     ) -> DistillResult:
         """Loss and per-token statistics. Leading dimensions of every argument are flattened to N tokens.
 
-        Raises ValueError if the teacher's logits cannot be flattened without a copy: shift the labels, not the logits.
+        Those of a teacher's logits, log-probabilities, hidden states, ids and confidences are flattened with them.
+        Raises ValueError if a V-wide teacher cannot be flattened without a copy: shift the labels, not the logits.
         """
-        if isinstance(teacher, TeacherLogits) and teacher.logits.dim() > 2:
-            teacher = TeacherLogits(_flat_view(teacher.logits))
-        if isinstance(teacher, TeacherHidden) and teacher.hidden.dim() > 2:
-            flat = teacher.hidden.reshape(-1, teacher.hidden.shape[-1])
-            teacher = TeacherHidden(flat, teacher.weight, teacher.bias, teacher.softcap, teacher.logit_scale)
-        if isinstance(omega, Tensor) and omega.dim() > 1:
-            omega = omega.reshape(-1)
         return linear_distill_loss(
-            hidden.reshape(-1, hidden.shape[-1]) if hidden.dim() > 2 else hidden,
+            _flat_rows(hidden),
             weight,
-            labels.reshape(-1) if labels.dim() > 1 else labels,
-            teacher=teacher,
-            omega=omega,
+            _flat(labels),
+            teacher=_flat_teacher(teacher),
+            omega=_flat(omega),
             temperature=self.temperature,
             teacher_temperature=self.teacher_temperature,
             bias=bias,
-            weights=weights.reshape(-1) if weights is not None and weights.dim() > 1 else weights,
+            weights=_flat(weights),
             denom=denom,
+            num_kept=num_kept,
+            weight_grad=weight_grad,
             **self.options,
         )
 
@@ -81,13 +91,41 @@ class LinearDistillLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in pairs.items())
 
 
-def _flat_view(logits: Tensor) -> Tensor:
+def _flat_teacher(teacher: Any) -> Any:
+    """The teacher with its leading dimensions in one; what is no teacher is left for the op to refuse."""
+    t = teacher
+    if isinstance(t, TeacherLogits):
+        return TeacherLogits(_flat_view("logits", t.logits))
+    if isinstance(t, TeacherLogProbs):
+        return TeacherLogProbs(_flat_view("logprobs", t.logprobs))
+    if isinstance(t, TeacherHidden):
+        return TeacherHidden(_flat_rows(t.hidden), t.weight, t.bias, t.softcap, t.logit_scale)
+    if isinstance(t, TeacherTopK):
+        return TeacherTopK(_flat_rows(t.ids), _flat_rows(t.logprobs), t.kind, _flat(t.lse))
+    if isinstance(t, TeacherConfidence):
+        return TeacherConfidence(_flat(t.prob))
+    if isinstance(t, TeacherSimilarity):
+        return TeacherSimilarity(t.table, _flat(t.prob))
+    return t
+
+
+def _flat(x: Any) -> Any:
+    return x.reshape(-1) if isinstance(x, Tensor) and x.dim() > 1 else x
+
+
+def _flat_rows(x: Any) -> Any:
+    return x.reshape(-1, x.shape[-1]) if isinstance(x, Tensor) and x.dim() > 2 else x
+
+
+def _flat_view(name: str, x: Any) -> Any:
     """[..., V] as [N, V] without a copy, which would be N x V."""
+    if not isinstance(x, Tensor) or x.dim() <= 2:
+        return x
     try:
-        return logits.view(-1, logits.shape[-1])
+        return x.view(-1, x.shape[-1])
     except RuntimeError:
-        strides = list(logits.stride())
+        strides = list(x.stride())
         raise ValueError(
-            "LinearDistillLoss: teacher.logits must flatten to [N, V] without a copy (shift the labels, not the "
-            f"logits), got shape {list(logits.shape)} with strides {strides}"
+            f"LinearDistillLoss: teacher.{name} must flatten to [N, V] without a copy (shift the labels, not the "
+            f"logits), got shape {list(x.shape)} with strides {strides}"
         ) from None
