@@ -15,6 +15,7 @@ from effkern import (
     TeacherSimilarity,
     TeacherTopK,
     linear_distill_loss,
+    native,
 )
 from effkern.ops import registry
 from effkern.ops.distill import reference
@@ -48,12 +49,19 @@ def divergence_options(name: str) -> dict[str, Any]:
     return {"divergence": name, **PARAMETERS[name]}
 
 
-def implementations() -> list:
-    """Every implementation, with the reason where this machine cannot run it."""
+def implementations(bulk: bool = False) -> list:
+    """Every implementation, with the reason where this machine cannot run it.
+
+    Triton's interpreter takes half a second for what the others do in ten milliseconds: of a test with many
+    combinations (`bulk`) it runs only in the slow set.
+    """
     params = []
     for i in registry.registered()["linear_distill_loss"]:
         reason = i.unavailable(torch.device(DEVICE))
-        params.append(pytest.param(i.name, marks=pytest.mark.skip(reason=reason) if reason else ()))
+        marks = [pytest.mark.skip(reason=reason)] if reason else []
+        if bulk and i.name == "triton" and native.triton_interprets():
+            marks.append(pytest.mark.slow)
+        params.append(pytest.param(i.name, marks=marks))
     return params
 
 

@@ -93,8 +93,9 @@ def test_no_gradient_work_without_gradients(impl, monkeypatch):
 )
 def test_compile_fullgraph(impl, teacher, reduction):
     """One graph, the same numbers as without, also for another number of rows and another omega."""
-    if impl == "triton" and native.triton_missing():
-        pytest.skip(str(native.triton_missing()))
+    reasons = {i.name: i.unavailable(torch.device(cases.DEVICE)) for i in registry.registered()["linear_distill_loss"]}
+    if reasons.get(impl):
+        pytest.skip(reasons[impl])
     torch._dynamo.reset()
     hidden_t, weight_t = torch.randn(13, 8, device=cases.DEVICE), torch.randn(50, 8, device=cases.DEVICE)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from effkern import TeacherHidden, TeacherLogits, TeacherLogProbs, linear_distill_loss
 from tests.ops import distill_cases as cases
 
-IMPL = pytest.mark.parametrize("impl", cases.implementations())
+BULK = pytest.mark.parametrize("impl", cases.implementations(bulk=True))
 PAGE = Path(__file__).parents[2] / "docs" / "distillation-losses.md"
 T, W, N = 2.0, 0.7, 24
 
@@ -228,7 +228,7 @@ def test_formula_in_float64(name):
 
 
 @pytest.mark.parametrize("name", YOURS)
-@IMPL
+@BULK
 def test_formula_in_float32(impl, name):
     x = inputs(torch.float32)
     if not YOURS[name].ignores:
@@ -245,7 +245,7 @@ def liger_loss(x: Inputs, name: str) -> Callable[..., Tensor]:
 
 
 @pytest.mark.parametrize("name", [n for n in YOURS if re.match(r"LigerFusedLinear\w+Loss\((beta|weight)", n)])
-@IMPL
+@BULK
 def test_liger_itself(impl, name):
     """Loss and both gradients of the package's chunked losses, of which one ignores some tokens."""
     x = inputs(torch.float32)

@@ -11,6 +11,7 @@ from effkern import linear_distill_loss as loss_of
 from tests.ops import distill_cases as cases
 
 IMPL = pytest.mark.parametrize("impl", cases.implementations())
+BULK = pytest.mark.parametrize("impl", cases.implementations(bulk=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -79,7 +80,7 @@ def test_rules(changes, error, message):
 
 
 @pytest.mark.parametrize("kind", [None, *cases.DENSE_KINDS, "tail_to_label"])
-@IMPL
+@BULK
 def test_num_kept_changes_nothing(impl, kind):
     case = cases.make(rows=11, vocab=40, bias=True, weights=True, teacher=kind or False, ignored=4)
     case.labels[-1] = -100
@@ -149,7 +150,7 @@ def test_checked_mode_says_what_is_wrong(make, message):
 
 
 @pytest.mark.parametrize("kind", [*cases.DENSE_KINDS, *(k for k, _ in cases.SPARSE_PAIRS[:-1])])
-@IMPL
+@BULK
 def test_checked_mode_passes_what_is_right(impl, kind):
     case = cases.make(rows=7, vocab=30, teacher=kind)
     for a, b in zip(cases.ours(case, impl), cases.ours(case, impl, check=True)):

@@ -10,6 +10,7 @@ from effkern import TeacherLogProbs, TeacherSimilarity, TeacherTopK, linear_dist
 from tests.ops import distill_cases as cases
 
 IMPL = pytest.mark.parametrize("impl", cases.implementations())
+BULK = pytest.mark.parametrize("impl", cases.implementations(bulk=True))
 
 
 def logit_gradient(case: cases.Case, impl: str, **overrides) -> Tensor:
@@ -25,7 +26,7 @@ def random_logits(rows: int = 6, vocab: int = 30, dtype: torch.dtype = torch.flo
 
 @pytest.mark.parametrize("t_squared", [False, True])
 @pytest.mark.parametrize("temperatures", [(1.0, 1.0), (4.0, 4.0), (2.0, 0.5)], ids=str)
-@IMPL
+@BULK
 def test_gradient_ratio_is_omega_t(impl, temperatures, t_squared):
     """(1 - lam) + lam (c / T) (p~_t - q~_t) / (1 - q_t), c = 1 or T^2 (Tang et al.)."""
     t_q, t_p = temperatures
@@ -40,7 +41,7 @@ def test_gradient_ratio_is_omega_t(impl, temperatures, t_squared):
 
 
 @pytest.mark.parametrize("name", cases.PARAMETERS)
-@IMPL
+@BULK
 def test_gradient_ratio_is_what_it_says(impl, name):
     """The gradient on the label's logit over that of the cross entropy alone, for every divergence."""
     case = random_logits(**cases.divergence_options(name))
@@ -91,7 +92,7 @@ def test_t_squared_kl_tends_to_centred_logits():
 
 @pytest.mark.parametrize("t", [0.5, 4.0])
 @pytest.mark.parametrize("name", cases.TEMPERED)
-@IMPL
+@BULK
 def test_t_squared_is_a_factor(impl, name, t):
     case = random_logits(temperature=t, teacher_temperature=t, **cases.divergence_options(name))
     case.omega = 1.0

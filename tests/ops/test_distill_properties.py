@@ -14,7 +14,7 @@ hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-IMPL = pytest.mark.parametrize("impl", cases.implementations())
+BULK = pytest.mark.parametrize("impl", cases.implementations(bulk=True))
 # Every example is a handful of rows; the same ones in each run.
 few = settings(
     max_examples=20, derandomize=True, deadline=None, database=None,
@@ -72,7 +72,7 @@ def wide_run(case: cases.Case, **overrides) -> list[Tensor]:
 
 @few
 @given(case=problems())
-@IMPL
+@BULK
 def test_any_problem_is_the_oracle(impl, case):
     """Values and gradients in float32 within 1e-5 of float64."""
     truth = cases.oracle(cases.to(case, dtype=torch.float64))
@@ -125,7 +125,7 @@ def test_order_of_the_vocabulary_does_not_matter(case):
 
 @few
 @given(case=problems(), rows=st.integers(1, 7))
-@IMPL
+@BULK
 def test_chunks_do_not_matter(impl, case, rows):
     near(cases.ours(case, impl, chunk_bytes=4 * rows * case.weight.shape[0]), cases.ours(case, impl), 1e-5)
 
