@@ -32,7 +32,7 @@ bench: install
 # Python than it needs. Half-precision products exist on a GPU only.
 triton-sanitizer: install
 	$(BIN)/pip install -q --no-deps --ignore-requires-python ttsem==0.1.0
-	TRITON_INTERPRET=0 $(BIN)/python -m ttsem.sanitize pytest -q tests/ops/test_distill.py \
+	TRITON_INTERPRET=0 $(BIN)/python -m ttsem.sanitize pytest -q tests/ops/test_distill.py tests/ops/test_distill_triton_rows.py \
 		-k "triton and not half and not bfloat16"
 
 lint: install

@@ -1,0 +1,110 @@
+"""The divergences of a dense teacher in Triton: one formula each.
+
+A divergence D(p, q) of two softmaxes depends on z through q alone, and dD / d(z / T) = w - q W with w = q dD/dq and
+W = sum w. Its formula gives for a tile the terms of D, w, and the factor of sum p - sum q in D, which is zero unless
+the teacher's mass is not 1. `terms` is the only place that a new one has to be added to (and `rows.DIVERGENCES`).
+The mathematics is that of divergences.py.
+"""
+
+import triton
+import triton.language as tl
+
+from effkern.ops.distill.triton_common import expm1_of_negative, kl_terms, log1p, log_ratio, times
+
+
+@triton.jit
+def _forward_kl(p, q, log_p, log_q):
+    return kl_terms(p, q, log_ratio(log_p, log_q)), -p, 1.0
+
+
+@triton.jit
+def _reverse_kl(p, q, log_p, log_q):
+    r = log_ratio(log_q, log_p)
+    return kl_terms(q, p, r), times(q, r), -1.0
+
+
+@triton.jit
+def _mixture(p, q, log_p, log_q, share):
+    """m = share p + (1 - share) q, log(p / m), log(q / m); the logarithms from the larger one: no log of a small m."""
+    gap = log_ratio(log_p, log_q)
+    of_smaller = tl.where(gap > 0.0, 1.0 - share, share)
+    above = log1p(of_smaller * expm1_of_negative(-tl.abs(gap)))
+    m = share * p + (1.0 - share) * q
+    return m, tl.where(gap > 0.0, -above, gap - above), tl.where(gap > 0.0, -gap - above, -above)
+
+
+@triton.jit
+def _jsd(p, q, log_p, log_q, beta):
+    m, p_over_m, q_over_m = _mixture(p, q, log_p, log_q, beta)
+    value = beta * kl_terms(p, m, p_over_m) + (1.0 - beta) * kl_terms(q, m, q_over_m)
+    return value, (1.0 - beta) * times(q, q_over_m), 0.0
+
+
+@triton.jit
+def _skew_forward_kl(p, q, log_p, log_q, alpha):
+    m, p_over_m, q_over_m = _mixture(p, q, log_p, log_q, alpha)
+    return kl_terms(p, m, p_over_m), -(1.0 - alpha) * p * tl.exp(q_over_m), 1.0 - alpha
+
+
+@triton.jit
+def _skew_reverse_kl(p, q, log_p, log_q, alpha):
+    m, _, q_over_m = _mixture(p, q, log_p, log_q, 1.0 - alpha)
+    return kl_terms(q, m, q_over_m), times(q, q_over_m - alpha * tl.exp(q_over_m)), -(1.0 - alpha)
+
+
+@triton.jit
+def _tvd(p, q):
+    sign = tl.where(q > p, 0.5, tl.where(q < p, -0.5, 0.0))
+    return sign * (q - p), sign * q, 0.0
+
+
+@triton.jit
+def terms(DIVERGENCE: tl.constexpr, p, q, log_p, log_q, alpha, beta):
+    """Terms of D, w, and the factor of sum p - sum q."""
+    if DIVERGENCE == "forward_kl":
+        value, w, excess = _forward_kl(p, q, log_p, log_q)
+    elif DIVERGENCE == "reverse_kl":
+        value, w, excess = _reverse_kl(p, q, log_p, log_q)
+    elif DIVERGENCE == "symmetric_kl":
+        forward, w_forward, _ = _forward_kl(p, q, log_p, log_q)
+        reverse, w_reverse, _ = _reverse_kl(p, q, log_p, log_q)
+        value, w = beta * forward + (1.0 - beta) * reverse, beta * w_forward + (1.0 - beta) * w_reverse
+        excess = 2.0 * beta - 1.0
+    elif DIVERGENCE == "jsd":
+        value, w, excess = _jsd(p, q, log_p, log_q, beta)
+    elif DIVERGENCE == "skew_forward_kl":
+        value, w, excess = _skew_forward_kl(p, q, log_p, log_q, alpha)
+    elif DIVERGENCE == "skew_reverse_kl":
+        value, w, excess = _skew_reverse_kl(p, q, log_p, log_q, alpha)
+    else:
+        tl.static_assert(DIVERGENCE == "tvd")
+        value, w, excess = _tvd(p, q)
+    return value, w, excess
+
+
+@triton.jit
+def sum_of_weights(DIVERGENCE: tl.constexpr, mass, mean_log_ratio, beta):
+    """W of the divergences that need no pass of their own for it; mean_log_ratio = E_q[log q - log p]."""
+    if DIVERGENCE == "reverse_kl":
+        w = mean_log_ratio
+    elif DIVERGENCE == "symmetric_kl":
+        w = (1.0 - beta) * mean_log_ratio - beta * mass
+    else:
+        w = -mass
+    return w
+
+
+@triton.jit
+def log_sigmoid(x):
+    return tl.minimum(x, 0.0) - log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def binary_kl(odds_p, odds_q):
+    """KL divergence of label against rest, from the log-odds of both models, and q_y - p_y."""
+    log_p, log_q = log_sigmoid(odds_p), log_sigmoid(odds_q)
+    log_p_rest, log_q_rest = log_sigmoid(-odds_p), log_sigmoid(-odds_q)
+    p, q, p_rest, q_rest = tl.exp(log_p), tl.exp(log_q), tl.exp(log_p_rest), tl.exp(log_q_rest)
+    value = kl_terms(p, q, log_p - log_q) + kl_terms(p_rest, q_rest, log_p_rest - log_q_rest)
+    # From the smaller numbers, which have more digits.
+    return value, tl.where(odds_q > 0.0, p_rest - q_rest, q - p)
