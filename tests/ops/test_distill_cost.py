@@ -358,7 +358,7 @@ def test_explain_marks_the_choice(capsys):
     chosen = plan(p, H100)
     assert line.split()[:2] == [chosen.method, str(chosen.rows)]
     assert f"{chosen.seconds * 1e3:.2f}" in line
-    assert "not implemented" in printed
+    assert "only with memory_limit" in printed
     assert "predicted and not measured" in printed
     assert "rates of the device not known" in explain(p, ceilings.of_device(torch.device("cpu")), fused=True)
 

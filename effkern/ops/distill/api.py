@@ -61,6 +61,7 @@ def linear_distill_loss(
     check: bool = False,
     impl: str = "auto",
     chunk_bytes: int | None = None,
+    memory_limit: int | None = None,
 ) -> DistillResult:
     """Cross entropy mixed with distillation, straight from the hidden states.
 
@@ -130,6 +131,10 @@ def linear_distill_loss(
         impl: "auto", "cpp" (CPU float32, bfloat16), "triton" (CUDA), "reference" (PyTorch alone, same chunks).
         chunk_bytes: budget of one V-wide float32 buffer. None: 32 MiB on a CPU, 1/64 of the memory of a GPU. One
             such buffer lives at a time, and a second one with TeacherHidden.
+        memory_limit: bytes beyond inputs and returned gradients that may be used, or None for what the default chunks
+            take. Given: the cost model takes the fastest of larger chunks, a single one, and (impl "auto" or
+            "reference") slices of the vocabulary, whose logits are computed twice but which need no V x D
+            accumulators; `effkern bench distill --explain` shows its table. A wish: if nothing fits, the smallest.
 
     Returns:
         DistillResult(loss, stats): loss is float32 (float64 for float64), 0-d, or [N] with "none", in nats; stats
@@ -161,7 +166,7 @@ def linear_distill_loss(
     if teacher is not None:
         check_teacher(teacher, hidden, vocab, divergence, teacher_temperature)
     checks.check_mixture(teacher, divergence, omega, temperature, teacher_temperature, reduction, denom, hidden)
-    checks.check_extras(weight, num_kept, weight_grad, reduction)
+    checks.check_extras(weight, num_kept, weight_grad, reduction, chunk_bytes, memory_limit)
     compute_dtype = _compute_dtype(hidden)
     chosen = _choose(impl, hidden, compute_dtype, teacher)
 
@@ -185,7 +190,8 @@ def linear_distill_loss(
     grad_on = torch.is_grad_enabled()
     needs = tuple(grad_on and x is not None and x.requires_grad for x in (hidden, weight, bias))
     tensors = (hidden, weight, bias, labels, weight_N, omega_N, factor)
-    extras = (num_kept, chunk_bytes, weight_grad)
+    may_stream = impl in ("auto", "reference")
+    extras = (num_kept, chunk_bytes, memory_limit, may_stream, weight_grad)
     # Always three: without gradients torch.compile tells by the number of arguments whether forward takes a ctx, and
     # the variable number of two would be the wrong answer.
     teacher_tensors = (*given.tensors, None, None, None)[:3]
@@ -304,8 +310,8 @@ class _LinearDistill(torch.autograd.Function):
 
         ctx.scalars, ctx.late, ctx.extras = scalars, late, extras
         # What went into weight_grad has no gradient of its own, and must not go there twice.
-        ctx.needs = needs if extras[2] is None else (needs[0], False, needs[2])
-        ctx.into = extras[2] is not None and needs[1]
+        ctx.needs = needs if extras[-1] is None else (needs[0], False, needs[2])
+        ctx.into = extras[-1] is not None and needs[1]
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.unscaled = compute_dtype == torch.float16
         ctx.traced = torch.compiler.is_compiling()
@@ -353,9 +359,8 @@ class _LinearDistill(torch.autograd.Function):
 
 
 def _call_op(hidden, weight, bias, rows, teacher, scalars, needs, extras) -> Any:
-    num_kept, chunk_bytes, weight_grad = extras
     return torch.ops.effkern.linear_distill_fwd(
-        hidden, weight, bias, *rows, list(teacher), *scalars, list(needs), num_kept, chunk_bytes, weight_grad
+        hidden, weight, bias, *rows, list(teacher), *scalars, list(needs), *extras
     )
 
 
@@ -384,6 +389,6 @@ def _rerun(ctx: Any, saved: Any, grad_loss: Tensor) -> list[Tensor]:
             raise RuntimeError(f"{OP}: labels or teacher were modified in place between forward and this backward")
     if ctx.late:
         inner = torch.where(inner != 0, inner * grad_loss, 0.0)
-    rows, extras = (labels, inner, omega_N), (*ctx.extras[:2], None)
+    rows, extras = (labels, inner, omega_N), (*ctx.extras[:-1], None)
     _, *grads = _call_op(hidden, weight, bias, rows, teacher, ctx.scalars, ctx.needs, extras)
     return grads

@@ -193,10 +193,16 @@ def check_mixture(
         fail(ValueError, "denom", f"be a number or a 0-d tensor on {device}", got)
 
 
-def check_extras(weight: Tensor, num_kept: Any, weight_grad: Any, reduction: str) -> None:
+def check_extras(
+    weight: Tensor, num_kept: Any, weight_grad: Any, reduction: str, chunk_bytes: Any = None, memory_limit: Any = None
+) -> None:
     """The arguments that only make it faster."""
     if num_kept is not None:
         whole("num_kept", num_kept, 0, 2**62)
+    if memory_limit is not None:
+        whole("memory_limit", memory_limit, 1, 2**62)
+        if chunk_bytes is not None:
+            fail(ValueError, "chunk_bytes", "be None with memory_limit, which decides on the chunks", chunk_bytes)
     if weight_grad is None:
         return
     acc = torch.promote_types(weight.dtype, torch.float32)

@@ -35,6 +35,17 @@ class Inputs(NamedTuple):
     """Type in which the gradient of the weight leaves the op: a single chunk writes it at once."""
 
 
+class Memory(NamedTuple):
+    """What a call may use: bytes of one V-wide buffer, and of everything beside inputs and gradients; None: defaults.
+
+    `may_stream`: slices of the vocabulary may be chosen, whose row pass is PyTorch's.
+    """
+
+    chunk: int | None = None
+    limit: int | None = None
+    may_stream: bool = False
+
+
 def chunk_bytes(device: torch.device) -> int:
     """Default byte budget of one V-wide chunk buffer on `device`: 32 MiB on a CPU, 1/64 of a GPU's memory."""
     if device.type == "cuda":
@@ -54,14 +65,18 @@ def chunk_rows(num_rows: int, vocab: int, dim: int, element_bytes: int, budget: 
 
 
 @lru_cache(4096)
-def _plan(problem: cost.Problem, device: torch.device, budget: int) -> cost.Plan:
-    return cost.plan(problem, ceilings.of_device(device), chunk_bytes=budget)
+def _plan(
+    problem: cost.Problem, device: torch.device, chunk: int, limit: int | None, methods: tuple[str, ...]
+) -> cost.Plan:
+    return cost.plan(problem, ceilings.of_device(device), budget=limit, chunk_bytes=chunk, methods=methods)
 
 
 def plan(
-    x: Inputs, options: RowOptions, vocab: int, impl: str, num_rows: int, need_weight: bool, budget: int
+    x: Inputs, options: RowOptions, vocab: int, impl: str, num_rows: int, need_weight: bool, memory: Memory
 ) -> cost.Plan:
     """How the cost model would have this call computed."""
+    from effkern.ops.distill import streamed
+
     kind = {"rows": "logits", "table": "logits"}.get(x.teacher.kind, x.teacher.kind)
     dtype = x.hidden_ND.dtype
     acc = gemm.accumulator_dtype(dtype)
@@ -72,9 +87,12 @@ def plan(
         num_rows, vocab, x.hidden_ND.shape[1], kind, teacher_dim,  # type: ignore[arg-type]
         element_bytes=dtype.itemsize, weight_grad_bytes=(x.weight_grad_dtype if own_grad else acc).itemsize,
         logit_bytes=acc.itemsize, passes=DIVERGENCES[options.divergence].passes,
-        grad_in_place=impl == "cpp",
+        grad_in_place=impl == "cpp", slice_buffers=streamed.buffers(x.hidden_ND.device),
     )  # fmt: skip
-    return _plan(problem, x.hidden_ND.device, budget)
+    device = x.hidden_ND.device
+    chunk = chunk_bytes(device) if memory.chunk is None else memory.chunk
+    streams = memory.may_stream and memory.limit is not None and streamed.covers(options, x.teacher)
+    return _plan(problem, device, chunk, memory.limit, cost.METHODS if streams else cost.UNIVERSAL)
 
 
 def row_pass(impl: str) -> Callable[[Rows, torch.dtype | None, RowOptions], Tensor | None]:
@@ -111,7 +129,7 @@ def run(
     vocab: int,
     impl: str,
     needs: tuple[bool, bool, bool],
-    budget: int | None,
+    memory: Memory,
     num_kept: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Statistics [13, N] and the gradients of sum_n scale_n loss_n.
@@ -119,7 +137,6 @@ def run(
     Args:
         vocab: entries that count; the rest of `weight` gets a zero gradient.
         needs: which of (hidden, weight, bias) get a gradient; without any, no gradient work is done.
-        budget: bytes of one V-wide buffer, or None for the device's default.
         num_kept: number of rows that count, where the caller knows it.
 
     Returns:
@@ -140,8 +157,12 @@ def run(
     # Rows that do not count but are still there are cleared: 0 * inf would reach the weight gradient.
     clear = index_M is None and device.type != "cpu"
 
-    limit = chunk_bytes(device) if budget is None else budget
-    step = plan(x, options, vocab, impl, num_rows, need_weight, limit).rows
+    way = plan(x, options, vocab, impl, num_rows, need_weight, memory)
+    if way.method == "streamed":
+        from effkern.ops.distill import streamed
+
+        return streamed.run(x, options, vocab, needs, way.columns, num_kept)
+    step = way.rows
 
     stats_SN = torch.zeros(NUM_STATS, x.hidden_ND.shape[0], dtype=acc, device=device)
     grad_hidden = grad_weight = grad_bias = None

@@ -8,7 +8,7 @@ Ways (methods) of computing the loss and both gradients:
     chunked    C rows at a time; the weight gradient is read and written once per chunk, in accumulators
     one_chunk  all rows at once; the weight gradient is written once, in its own type, and has no accumulators
     streamed   B columns at a time, twice: statistics first, then the logits again and the gradients. The weight
-               gradient is written once; the hidden gradient is accumulated. Two passes only. Not implemented.
+               gradient is written once; the hidden gradient is accumulated. Two passes only.
 
 Each kernel moves its operands once (caches hold what it reuses), and the kernels of one stream run one after another:
 inside a kernel arithmetic and traffic overlap, between kernels nothing does. So the time of a kernel is the larger of
@@ -25,7 +25,8 @@ from effkern.ops.distill.ceilings import CPU_CHUNK_BYTES, Ceilings
 
 Teacher = Literal["none", "logits", "hidden", "sparse"]
 METHODS = ("chunked", "one_chunk", "streamed")
-IMPLEMENTED = METHODS[:2]
+# Those that a call may take whatever its divergence and teacher are.
+UNIVERSAL = METHODS[:2]
 
 # The prediction is no better than this: within it, the smaller peak counts.
 TOLERANCE = 0.01
@@ -50,6 +51,8 @@ class Problem:
     """The row pass keeps its row on chip and reads it once."""
     grad_in_place: bool = False
     """The logit gradient takes the memory of the logits."""
+    slice_buffers: int = 2
+    """Float buffers of one slice's size that the row pass of `streamed` keeps beside logits and gradient."""
 
     def __post_init__(self) -> None:
         rules = {
@@ -78,6 +81,11 @@ class Problem:
         own_grad = not self.grad_in_place and self.element_bytes != self.logit_bytes
         teacher = self.logit_bytes if self.teacher == "hidden" else 0
         return self.logit_bytes + teacher + (self.element_bytes if own_grad else 0)
+
+    @property
+    def slice_bytes(self) -> int:
+        """The same of a slice of the vocabulary, whose row pass is PyTorch's."""
+        return self.buffer_bytes + self.slice_buffers * self.accumulator_bytes
 
 
 @dataclass(frozen=True)
@@ -176,7 +184,7 @@ def peak(p: Problem, method: str, size: int) -> int:
     if method == "chunked":
         buffers, grad, w = p.buffer_bytes * rows * p.vocab, p.vocab * p.dim, p.weight_grad_bytes
     else:
-        buffers, grad, w = p.buffer_bytes * p.num_rows * size, p.num_rows * p.dim, p.element_bytes
+        buffers, grad, w = p.slice_bytes * p.num_rows * size, p.num_rows * p.dim, p.element_bytes
     return buffers if w == a else max(buffers + (a - w) * grad, a * grad)
 
 
@@ -229,7 +237,7 @@ def candidates(
     device: Ceilings | None = None,
     budget: int | None = None,
     chunk_bytes: int | None = None,
-    methods: Iterable[str] = IMPLEMENTED,
+    methods: Iterable[str] = UNIVERSAL,
 ) -> list[Plan]:
     """All plans to choose from, in order of preference where nothing else decides; see `plan`."""
     if chunk_bytes is None:
@@ -237,8 +245,9 @@ def candidates(
     most = rule_rows(p, chunk_bytes)
     rule, all_in_one = balanced(p.num_rows, most), most >= p.num_rows
     limit = peak(p, "one_chunk" if all_in_one else "chunked", most) if budget is None else budget
-    if device is not None and device.is_cpu:
-        return [make(p, "one_chunk" if all_in_one else "chunked", rule, device, limit)]
+    first = make(p, "one_chunk" if all_in_one else "chunked", rule, device, limit)
+    if device is not None and device.is_cpu and first.fits:
+        return [first]
 
     a, w, grad = p.accumulator_bytes, p.weight_grad_bytes, p.vocab * p.dim
     sizes = {rule}
@@ -254,7 +263,8 @@ def candidates(
         found.append(make(p, "one_chunk", p.num_rows, device, limit))
     if "streamed" in methods and p.passes == 2:
         room = limit - (a - p.element_bytes) * p.num_rows * p.dim
-        columns = min(p.vocab // 2, room // max(1, p.buffer_bytes * p.num_rows) // 128 * 128)
+        columns = min(p.vocab // 2, room // max(1, p.slice_bytes * p.num_rows))
+        columns -= columns % 128 if columns > 128 else 0
         if columns >= 1:
             found.append(make(p, "streamed", columns, device, limit))
     return found
@@ -262,10 +272,13 @@ def candidates(
 
 def choose(found: list[Plan]) -> Plan:
     """The fastest that fits; of those within TOLERANCE of it the one with the smallest peak. If none fits, the
-    smallest. Without times, the fewest bytes count as fastest: implemented methods have the same FLOPs."""
+    smallest. Without times, the fewest FLOPs, and of them the fewest bytes, count as fastest."""
     fitting = [x for x in found if x.fits]
     if not fitting:
         return min(found, key=lambda x: (x.peak_bytes, x.bytes))
+    if any(x.seconds is None for x in fitting):
+        fewest = min(x.flops for x in fitting)
+        fitting = [x for x in fitting if x.flops <= fewest * (1 + TOLERANCE)]
 
     def cost(x: Plan) -> float:
         return x.bytes if x.seconds is None else x.seconds
@@ -280,7 +293,7 @@ def plan(
     *,
     budget: int | None = None,
     chunk_bytes: int | None = None,
-    methods: Iterable[str] = IMPLEMENTED,
+    methods: Iterable[str] = UNIVERSAL,
 ) -> Plan:
     """How to compute the loss of `p` on `device`. Pure arithmetic: nothing is measured, nothing waits.
 
@@ -289,7 +302,7 @@ def plan(
         budget: bytes beyond inputs and returned gradients, all of which may be used. None: chunks of the rule, or
             another method if it is faster and no larger. The rule is C = max(1024, 2 D), bounded by `chunk_bytes`.
         chunk_bytes: of one V-wide float32 buffer; None: the device's default. On a CPU, where the buffer should stay
-            in the caches, this measured rule alone decides.
+            in the caches, this measured rule alone decides, as long as it fits.
         methods: of METHODS, those that may be chosen.
     """
     return choose(candidates(p, device, budget, chunk_bytes, methods))

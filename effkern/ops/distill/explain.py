@@ -11,7 +11,7 @@ import torch
 
 from effkern.ops.distill import ceilings, cost, fused_cost
 from effkern.ops.distill.ceilings import Ceilings
-from effkern.ops.distill.cost import IMPLEMENTED, METHODS, Plan, Problem
+from effkern.ops.distill.cost import METHODS, UNIVERSAL, Plan, Problem
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -26,7 +26,7 @@ def explain(
 ) -> str:
     """The table for `p`; `fused` adds the ways that keep the logit tile on chip. Arguments as for `cost.plan`."""
     found = cost.candidates(p, device, budget, chunk_bytes, METHODS)
-    chosen = cost.choose([x for x in found if x.method in IMPLEMENTED])
+    chosen = cost.choose([x for x in found if budget is not None or x.method in UNIVERSAL])
     lines = [
         f"{p.num_rows} rows x {p.vocab} entries, hidden size {p.dim}, teacher {p.teacher}"
         f"{f' (hidden size {p.teacher_dim})' if p.teacher_dim else ''}, {8 * p.element_bytes}-bit products, "
@@ -61,7 +61,7 @@ def _device_line(device: Ceilings | None, element_bytes: int) -> str:
 
 def _note(x: Plan) -> str:
     notes = [] if x.fits else ["too large"]
-    return ", ".join(notes + ([] if x.method in IMPLEMENTED else ["not implemented"]))
+    return ", ".join(notes + ([] if x.method in UNIVERSAL else ["only with memory_limit"]))
 
 
 def _line(p: Problem, x: Plan, note: str) -> str:

@@ -29,7 +29,7 @@ _library.define(
     "linear_distill_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor scale, Tensor omega, "
     f"Tensor[] teacher, str source, float teacher_logit_scale, float? teacher_softcap, {_ROW_OPTIONS}, "
     "SymInt vocab_valid, ScalarType compute_dtype, str impl, bool check, bool[3] needs, SymInt? num_kept, "
-    "int? chunk_bytes, Tensor(a!)? weight_grad) "
+    "int? chunk_bytes, int? memory_limit, bool may_stream, Tensor(a!)? weight_grad) "
     "-> (Tensor stats, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
 _library.define("scale_grad_(Tensor(a!) grad, Tensor factor) -> ()")
@@ -61,7 +61,7 @@ def _run(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = RowOptions(*rest[: len(RowOptions._fields)])
-    vocab, compute_dtype, impl, check, needs, num_kept, chunk_bytes, weight_grad = rest[len(RowOptions._fields) :]
+    vocab, compute_dtype, impl, check, needs, num_kept, *memory, weight_grad = rest[len(RowOptions._fields) :]
     given = Source(source, tuple(teacher), teacher_logit_scale, teacher_softcap)
     values.check_rows(labels, omega, options.ignore_index, vocab, num_kept)
     if check:
@@ -73,7 +73,7 @@ def _run(
     # The products have their types already; autocast would round the float32 tiles.
     with torch.autocast(hidden.device.type, enabled=False):
         stats, grad_hidden, grad_weight, grad_bias = chunked.run(
-            inputs, options, vocab, impl, (needs[0], needs[1], needs[2]), chunk_bytes, num_kept
+            inputs, options, vocab, impl, (needs[0], needs[1], needs[2]), chunked.Memory(*memory), num_kept
         )
     none = hidden.new_empty(0)
     return (
@@ -89,7 +89,7 @@ _library.impl("linear_distill_fwd", _run, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("effkern::linear_distill_fwd", lib=_library)
 def _fake(hidden, weight, bias, labels, *rest):
-    compute_dtype, needs, weight_grad = rest[-7], rest[-4], rest[-1]
+    compute_dtype, needs, weight_grad = rest[-9], rest[-6], rest[-1]
     acc = torch.promote_types(compute_dtype, torch.float32)
 
     def grad(like: Tensor, needed: bool, dtype: torch.dtype) -> Tensor:

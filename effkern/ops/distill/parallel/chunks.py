@@ -82,7 +82,8 @@ RAW: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 @cache
-def _compiled(phase: Callable[..., Any]) -> Callable[..., Any]:
+def compiled_phase(phase: Callable[..., Any]) -> Callable[..., Any]:
+    """A phase of the row pass from the raw logits, fused by torch.compile."""
     return torch.compile(RAW[phase])
 
 
@@ -92,7 +93,7 @@ def row_pass(
     """Gradient on the slice and shares of the statistics [13, C], of one chunk: two or three small reductions."""
     if compiled:
         given: Any = raw
-        call: Callable[..., Any] = _compiled
+        call: Callable[..., Any] = compiled_phase
     else:
         # Plain PyTorch keeps the prepared logits; recomputing them in every phase pays off only where they fuse.
         given, call = prepare(raw, options), _same
