@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 from effkern.ops.distill import triton as launcher
 from effkern.ops.distill import triton_launch
 from effkern.ops.distill.triton_launch import Launch
+from effkern.ops.distill.triton_scale import scale_grad
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter takes a quarter of a second for each: these leave the default run.
@@ -262,3 +263,13 @@ def test_layouts(teacher, streaming):
     logits = rows.logits_RV.to(DEVICE)
     on_device = Rows(logits, *(None if x is None else x.to(DEVICE) for x in rows[1:]))
     assert launcher.triton_rows(on_device, torch.float32, RowOptions(teacher=teacher)).data_ptr() == logits.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scale_grad(dtype):
+    grad = torch.randn(3, 1111, device=DEVICE).to(dtype)
+    copy = grad.clone()
+    scale_grad(copy, torch.tensor(1.0, device=DEVICE))
+    assert torch.equal(copy, grad)
+    scale_grad(copy, torch.tensor(0.3, device=DEVICE))
+    assert_rounded(copy, 0.3 * grad.float())

@@ -5,6 +5,7 @@ from typing import Any
 from effkern.ops.distill.rows import DIVERGENCES
 from effkern.ops.distill.triton_dense import distill_dense_kernel
 from effkern.ops.distill.triton_launch import DENSE_LAUNCH, SPARSE_LAUNCH, kept_blocks, launch_of, needs_middle_pass
+from effkern.ops.distill.triton_scale import BLOCK, NUM_WARPS, scale_grad_kernel
 from effkern.ops.distill.triton_sparse import distill_sparse_kernel
 
 _LARGE = 128 << 10
@@ -58,4 +59,6 @@ COMPILE_CASES = {
     "sparse_both_renormalized_512_all": _sparse("both_renormalized", num_kept=512, **_EVERYTHING),
     **{f"sparse_uniform_tail_{size}": _sparse("uniform_tail", size, **_EVERYTHING) for size in (1024, 4096, 8192)},
     "sparse_tail_bucket_fp32": _sparse("tail_bucket", grad="*fp32"),
+    **{f"scale_grad_{size}": (scale_grad_kernel, {"grad_ptr": "*bf16", "factor_ptr": "*fp32", "size": size},
+                              {"BLOCK": BLOCK}, NUM_WARPS) for size in ("i32", "i64")},
 }  # fmt: skip
