@@ -102,8 +102,8 @@ def xlogx(x):
 
 @triton.jit
 def times(mass, factor):
-    """mass * factor, 0 where there is no mass, whatever the factor."""
-    return tl.where(mass > 0.0, mass * factor, 0.0)
+    """mass * factor, 0 where there is no mass, whatever the factor; a mass of nan is seen."""
+    return tl.where(mass != 0.0, mass * factor, 0.0)
 
 
 # Sums over a row are kept per lane, and those of a row that is one block become scalars at once: as tiles, eight of
