@@ -133,7 +133,7 @@ def test_opcheck(impl, source):
     hidden, weight, bias = cases.leaves(case)
     ones, omega = torch.ones(6, device=cases.DEVICE), torch.full((6,), 0.5, device=cases.DEVICE)
     t = case.teacher
-    teacher = {"none": list, "rows": lambda: [t], "hidden": lambda: [t.hidden, t.weight],
+    teacher = {"none": lambda: [], "rows": lambda: [t], "hidden": lambda: [t.hidden, t.weight],
                "sparse": lambda: [t.ids, t.logprobs], "table": lambda: [t.table, t.prob]}[source]()  # fmt: skip
     options = list(case.options._replace(teacher=cases.plain_teacher(case)[1]))
     vocab = 40 if source == "table" else 38
@@ -146,7 +146,7 @@ def test_opcheck(impl, source):
         torch.library.opcheck(
             torch.ops.effkern.linear_distill_fwd.default,
             (hidden, weight, bias, case.labels, ones, omega, teacher, source, 1.0, None, *options, vocab,
-             torch.float32, impl, True, needs, None, None, weight_grad),
+             torch.float32, impl, True, needs, None, None, None, True, weight_grad),
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
 

@@ -3,33 +3,18 @@
 N tokens, D hidden size, V vocabulary; shape letters on tensors
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from effkern.ops import registry
-from effkern.ops.distill import checks, gemm
+from effkern.ops.distill import arguments, checks, gemm
 from effkern.ops.distill import schema as _schema  # noqa: F401  (defines the operators)
+from effkern.ops.distill.arguments import OP
+from effkern.ops.distill.autograd import LinearDistill
 from effkern.ops.distill.check_teachers import check_teacher
-from effkern.ops.distill.rows import RowOptions
-from effkern.ops.distill.teachers import Source
-from effkern.ops.distill.types import (
-    DistillResult,
-    DistillStats,
-    Teacher,
-    TeacherConfidence,
-    TeacherLogits,
-    TeacherLogProbs,
-    TeacherSimilarity,
-    TeacherTopK,
-)
+from effkern.ops.distill.types import DistillResult, DistillStats, Teacher
 
-OP = "linear_distill_loss"
 registry.register(OP, registry.cpp(), registry.triton(), registry.reference())
-
-# Fields of the teacher classes that hold floating-point tensors of kernels.
-TEACHER_FLOATS = ("logits", "logprobs", "hidden", "table", "prob")
 
 
 def linear_distill_loss(
@@ -167,228 +152,24 @@ def linear_distill_loss(
         check_teacher(teacher, hidden, vocab, divergence, teacher_temperature)
     checks.check_mixture(teacher, divergence, omega, temperature, teacher_temperature, reduction, denom, hidden)
     checks.check_extras(weight, num_kept, weight_grad, reduction, chunk_bytes, memory_limit)
-    compute_dtype = _compute_dtype(hidden)
-    chosen = _choose(impl, hidden, compute_dtype, teacher)
+    compute_dtype = arguments.compute_dtype_of(hidden)
+    chosen = arguments.choose(impl, hidden, compute_dtype, teacher)
 
-    acc = gemm.accumulator_dtype(compute_dtype)
-    kept_N = labels != ignore_index
-    weight_N = kept_N.to(acc) if weights is None else torch.where(kept_N, weights.detach().to(acc), 0.0)
-    # Products, where torch.full and expand would do: a traced float stays a variable in them, and the result is packed.
-    value = 0.0 if omega is None else omega
-    omega_N = torch.ones_like(weight_N) * (value.detach().to(acc) if isinstance(value, Tensor) else value)
-    factor = _factor(reduction, denom, weight_N)
-
-    given, kind, t_teacher = _source(teacher, labels, divergence, teacher_temperature)
-    t_student = float(temperature or 1.0)
-    name, scale = _normalized(divergence, beta) if normalize_jsd else (divergence, 1.0)
-    scale *= t_student**2 if t_squared else 1.0
-    options = RowOptions(
-        name, float(alpha or 0.0), float(beta or 0.0), scale, kind, t_student, t_teacher, float(label_smoothing),
-        float(z_loss), None if softcap is None else float(softcap), float(logit_scale), ignore_index,
+    x = arguments.settle(
+        teacher, labels, divergence=divergence, alpha=alpha, beta=beta, temperature=temperature,
+        teacher_temperature=teacher_temperature, t_squared=t_squared, normalize_jsd=normalize_jsd, omega=omega,
+        weights=weights, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+        logit_scale=logit_scale, reduction=reduction, denom=denom, dtype=gemm.accumulator_dtype(compute_dtype),
     )  # fmt: skip
-    scalars = (given.kind, given.logit_scale, given.softcap, *options, vocab, compute_dtype, chosen, check)
+    given = x.source
+    scalars = (given.kind, given.logit_scale, given.softcap, *x.options, vocab, compute_dtype, chosen, check)
     grad_on = torch.is_grad_enabled()
     needs = tuple(grad_on and x is not None and x.requires_grad for x in (hidden, weight, bias))
-    tensors = (hidden, weight, bias, labels, weight_N, omega_N, factor)
+    tensors = (hidden, weight, bias, labels, x.weight_N, x.omega_N, x.factor)
     may_stream = impl in ("auto", "reference")
     extras = (num_kept, chunk_bytes, memory_limit, may_stream, weight_grad)
     # Always three: without gradients torch.compile tells by the number of arguments whether forward takes a ctx, and
     # the variable number of two would be the wrong answer.
     teacher_tensors = (*given.tensors, None, None, None)[:3]
-    loss, stats_SN = _LinearDistill.apply(*tensors, scalars, needs, reduction, extras, *teacher_tensors)
+    loss, stats_SN = LinearDistill.apply(*tensors, scalars, needs, reduction, extras, *teacher_tensors)
     return DistillResult(loss, DistillStats(*stats_SN.unbind(0)))
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """Type of the matrix products: autocast's, as for any linear layer, else that of `x`."""
-    if checks.autocasts(x.device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
-
-
-def _normalized(divergence: str, beta: float | None) -> tuple[str, float]:
-    """A JSD over beta (1 - beta), with its limits."""
-    assert beta is not None
-    if beta in (0, 1):
-        return ("forward_kl" if beta == 0 else "reverse_kl"), 1.0
-    return divergence, 1.0 / (beta * (1.0 - beta))
-
-
-def _source(
-    teacher: Teacher | None, labels: Tensor, divergence: str, temperature: float | None
-) -> tuple[Source, str, float]:
-    """The teacher as the op takes it, what its rows are (RowOptions.teacher), and T'."""
-    t = float(temperature or 1.0)
-    if teacher is None:
-        return Source("none", ()), "logits", t
-    if isinstance(teacher, TeacherLogits):
-        return Source("rows", (teacher.logits.detach(),)), "logits", t
-    if isinstance(teacher, TeacherLogProbs):
-        as_given = t == 1.0 and divergence != "decoupled_kl"
-        return Source("rows", (teacher.logprobs.detach(),)), "logprobs" if as_given else "logits", t
-    if isinstance(teacher, TeacherTopK):
-        return Source("sparse", (teacher.ids, _kept_logprobs(teacher))), teacher.kind, t
-    if isinstance(teacher, TeacherConfidence):
-        # The label alone is kept, and the rest is spread: KD-pt is the smallest case of KD-topk.
-        return (
-            Source("sparse", (labels[:, None].clone(), _wide(teacher.prob.detach()).log()[:, None])),
-            "uniform_tail",
-            1.0,
-        )
-    if isinstance(teacher, TeacherSimilarity):
-        kind = "logits" if divergence == "decoupled_kl" else "logprobs"
-        prob = () if teacher.prob is None else (teacher.prob.detach(),)
-        return Source("table", (teacher.table.detach(), *prob)), kind, t
-    dtype = _compute_dtype(teacher.hidden)
-    bias = () if teacher.bias is None else (teacher.bias.detach(),)
-    tensors = (teacher.hidden.detach().to(dtype), teacher.weight.detach().to(dtype), *bias)
-    return Source("hidden", tensors, float(teacher.logit_scale), teacher.softcap), "logits", t
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _kept_logprobs(teacher: TeacherTopK) -> Tensor:
-    logprobs = _wide(teacher.logprobs.detach())
-    return logprobs if teacher.lse is None else logprobs - teacher.lse.detach()[:, None].to(logprobs.dtype)
-
-
-def _choose(impl: str, hidden: Tensor, compute_dtype: torch.dtype, teacher: Teacher | None) -> str:
-    """The implementation for this device and these dtypes."""
-    chosen = registry.choose(OP, impl, hidden.device)
-    half = (torch.float32, torch.bfloat16, torch.float16)
-    supported = (torch.float32, torch.bfloat16) if chosen == "cpp" else half
-    wrong = [compute_dtype] if compute_dtype not in supported else []
-    # float16 teachers are widened by every kernel; only float64 is wider than they take.
-    parts = () if teacher is None else (getattr(teacher, name) for name in TEACHER_FLOATS if hasattr(teacher, name))
-    wrong += [x.dtype for x in parts if x is not None and x.dtype == torch.float64]
-    if chosen == "reference" or not wrong:
-        return chosen
-    if impl == "auto":
-        return "reference"
-    raise NotImplementedError(f"{OP}: impl={impl!r} does not cover {str(wrong[0])[6:]} tensors")
-
-
-def _factor(reduction: str, denom: float | Tensor | None, weight_N: Tensor) -> Tensor:
-    """1 / denominator as a 0-d tensor, 0 where the denominator is 0; 1 unless the reduction is "mean"."""
-    if reduction != "mean":
-        return weight_N.new_ones(())
-    if denom is None:
-        count = weight_N.sum()
-    else:
-        count = weight_N.new_ones(()) * (denom.detach().to(weight_N.dtype) if isinstance(denom, Tensor) else denom)
-    return torch.where(count == 0, 0.0, 1.0 / count)
-
-
-def _apply_scale(grad: Tensor, factor: Tensor, dtype: torch.dtype, traced: bool) -> Tensor:
-    """grad * factor in `dtype`. In place, unless the compiler, which reuses dead buffers itself, is tracing."""
-    if traced:
-        return (grad.to(factor.dtype) * factor).to(dtype)
-    torch.ops.effkern.scale_grad_(grad, factor)
-    return grad.to(dtype)
-
-
-class _LinearDistill(torch.autograd.Function):
-    """Gradients are computed with the losses and kept until backward, which only scales them.
-
-    The first backward takes the kept gradients and scales them in place. A second one (retain_graph=True), and
-    reduction="none", whose row factors are unknown until then, run the op again.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, labels, weight_N, omega_N, factor, scalars, needs, reduction, extras,
-                *teacher):  # fmt: skip
-        teacher = tuple(x for x in teacher if x is not None)
-        late = reduction == "none"
-        compute_dtype = scalars[-3]
-        # float16 gradients leave the row pass without 1 / denom, under which they could vanish.
-        inner = weight_N if compute_dtype == torch.float16 else weight_N * factor
-        rows = (labels, inner, omega_N)
-        now = (False, False, False) if late else needs
-        stats, *grads = _call_op(hidden, weight, bias, rows, teacher, scalars, now, extras)
-
-        ctx.scalars, ctx.late, ctx.extras = scalars, late, extras
-        # What went into weight_grad has no gradient of its own, and must not go there twice.
-        ctx.needs = needs if extras[-1] is None else (needs[0], False, needs[2])
-        ctx.into = extras[-1] is not None and needs[1]
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        ctx.unscaled = compute_dtype == torch.float16
-        ctx.traced = torch.compiler.is_compiling()
-        ctx.kept = ctx.others = None
-        if ctx.traced:
-            ctx.save_for_backward(factor, *((hidden, weight, bias, *rows, *teacher) if late else grads))
-        elif any(needs):
-            # What gets no gradient stays outside of the saved tensors, which refuse those of inference_mode.
-            ctx.save_for_backward(hidden, weight, bias)
-            ctx.others, ctx.factor = (*rows, *teacher), factor
-            ctx.versions = [_version(x) for x in ctx.others]
-            ctx.kept = None if late else grads
-        ctx.mark_non_differentiable(stats)
-        ctx.set_materialize_grads(False)
-        loss_N = torch.where(weight_N != 0, weight_N * stats[0], 0.0)
-        if late:
-            return loss_N, stats
-        return torch.where(factor != 0, loss_N.sum() * factor, 0.0), stats
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        grad_loss = grad_outputs[0]
-        nothing = (None,) * (len(ctx.needs_input_grad) - 3)
-        if grad_loss is None:
-            return None, None, None, *nothing
-        if torch.is_grad_enabled() and not ctx.traced:
-            raise NotImplementedError(f"{OP}: create_graph=True is not covered: the op has no second derivative")
-        if ctx.into:
-            _check_unit(grad_loss)
-        if ctx.traced:
-            factor, *saved = ctx.saved_tensors
-        else:
-            factor, saved = ctx.factor, ctx.kept
-            ctx.kept = None
-        grads = _rerun(ctx, saved, grad_loss) if ctx.late or saved is None else saved
-        if ctx.late:
-            scaled = [g.to(d) if needed else None for g, d, needed in zip(grads, ctx.dtypes, ctx.needs)]
-            return *scaled, *nothing
-        scale = grad_loss * factor if ctx.unscaled else grad_loss
-        scaled = [
-            _apply_scale(g, scale, dtype, ctx.traced) if needed else None
-            for g, dtype, needed in zip(grads, ctx.dtypes, ctx.needs)
-        ]
-        return *scaled, *nothing
-
-
-def _call_op(hidden, weight, bias, rows, teacher, scalars, needs, extras) -> Any:
-    return torch.ops.effkern.linear_distill_fwd(
-        hidden, weight, bias, *rows, list(teacher), *scalars, list(needs), *extras
-    )
-
-
-def _check_unit(grad_loss: Tensor) -> None:
-    """The gradient is in weight_grad already: it cannot be multiplied any more."""
-    if grad_loss.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async((grad_loss == 1).all(), f"{OP}: with weight_grad the gradient of the loss must be 1")
-    elif grad_loss.item() != 1:
-        got = grad_loss.item()
-        raise RuntimeError(f"{OP}: with weight_grad the gradient of the loss must be 1 (scale by denom), got {got}")
-
-
-def _version(x: Tensor | None) -> int | None:
-    """Counts the writes to a tensor; tensors of inference_mode keep no count."""
-    return None if x is None or x.is_inference() else x._version
-
-
-def _rerun(ctx: Any, saved: Any, grad_loss: Tensor) -> list[Tensor]:
-    """The gradients from the inputs, once more; with reduction="none" each row is scaled by its `grad_loss`."""
-    if ctx.traced:
-        hidden, weight, bias, labels, inner, omega_N, *teacher = saved
-    else:
-        hidden, weight, bias = ctx.saved_tensors
-        labels, inner, omega_N, *teacher = ctx.others
-        if [_version(x) for x in ctx.others] != ctx.versions:
-            raise RuntimeError(f"{OP}: labels or teacher were modified in place between forward and this backward")
-    if ctx.late:
-        inner = torch.where(inner != 0, inner * grad_loss, 0.0)
-    rows, extras = (labels, inner, omega_N), (*ctx.extras[:-1], None)
-    _, *grads = _call_op(hidden, weight, bias, rows, teacher, ctx.scalars, ctx.needs, extras)
-    return grads

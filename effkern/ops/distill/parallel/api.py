@@ -11,13 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from effkern.ops.distill import api as whole
-from effkern.ops.distill import checks, chunked, gemm, values
+from effkern.ops.distill import arguments, checks, chunked, gemm, values
 from effkern.ops.distill.parallel import agree, local
 from effkern.ops.distill.parallel.agree import OP
 from effkern.ops.distill.parallel.autograd import Call, ParallelDistill
 from effkern.ops.distill.parallel.checks import check_arguments, check_teacher_values, check_whole, under_own_name
-from effkern.ops.distill.rows import RowOptions
 from effkern.ops.distill.types import DistillResult, DistillStats, Teacher
 
 
@@ -158,27 +156,19 @@ def vocab_parallel_distill_loss(
     with under_own_name():
         check_whole(teacher, labels, divergence, teacher_temperature, layout.vocab)
 
-    compute_dtype = whole._compute_dtype(hidden)
-    acc = gemm.accumulator_dtype(compute_dtype)
-    kept_N = labels != ignore_index
-    weight_N = kept_N.to(acc) if weights is None else torch.where(kept_N, weights.detach().to(acc), 0.0)
-    value = 0.0 if omega is None else omega
-    omega_N = torch.ones_like(weight_N) * (value.detach().to(acc) if isinstance(value, Tensor) else value)
-    factor = whole._factor(reduction, denom, weight_N)
-    given, kind, t_teacher = whole._source(teacher, labels, divergence, teacher_temperature)
-    t_student = float(temperature or 1.0)
-    name, scale = whole._normalized(divergence, beta) if normalize_jsd else (divergence, 1.0)
-    scale *= t_student**2 if t_squared else 1.0
-    options = RowOptions(
-        name, float(alpha or 0.0), float(beta or 0.0), scale, kind, t_student, t_teacher, float(label_smoothing),
-        float(z_loss), None if softcap is None else float(softcap), float(logit_scale), ignore_index,
+    compute_dtype = arguments.compute_dtype_of(hidden)
+    x = arguments.settle(
+        teacher, labels, divergence=divergence, alpha=alpha, beta=beta, temperature=temperature,
+        teacher_temperature=teacher_temperature, t_squared=t_squared, normalize_jsd=normalize_jsd, omega=omega,
+        weights=weights, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+        logit_scale=logit_scale, reduction=reduction, denom=denom, dtype=gemm.accumulator_dtype(compute_dtype),
     )  # fmt: skip
     with under_own_name():
-        values.check_rows(labels, omega_N, ignore_index, layout.vocab, num_kept)
+        values.check_rows(labels, x.omega_N, ignore_index, layout.vocab, num_kept)
         if check:
-            check_teacher_values(given, options, labels, layout, members)
+            check_teacher_values(x.source, x.options, labels, layout, members)
     call = Call(
-        labels, weight_N, omega_N, factor, given, options, layout, budget,
+        labels, x.weight_N, x.omega_N, x.factor, x.source, x.options, layout, budget,
         agree.reductions(members, sequence_parallel), needs, reduction == "none", num_kept, weight_grad, compute_dtype,
         compiled,
     )  # fmt: skip

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from effkern.ops.distill import api as whole
 from effkern.ops.distill import chunked
+from effkern.ops.distill.autograd import apply_scale, check_unit, version_of
 from effkern.ops.distill.parallel import chunks
 from effkern.ops.distill.parallel.agree import OP
 from effkern.ops.distill.parallel.chunks import Layout, Reductions
@@ -71,7 +71,7 @@ class ParallelDistill(torch.autograd.Function):
             ctx.save_for_backward(hidden, weight, bias)
             ctx.kept = None if call.late else grads
             ctx.others = (call.labels_N, *call.teacher.tensors)
-            ctx.versions = [whole._version(x) for x in ctx.others]
+            ctx.versions = [version_of(x) for x in ctx.others]
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         loss_N = torch.where(call.weight_N != 0, call.weight_N * stats[0], 0.0)
@@ -87,7 +87,7 @@ class ParallelDistill(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise NotImplementedError(f"{OP}: create_graph=True is not covered: the op has no second derivative")
         if ctx.into:
-            whole._check_unit(grad_loss)
+            check_unit(grad_loss)
         grads, ctx.kept = ctx.kept, None
         if grads is None:
             grads = _again(ctx, grad_loss)
@@ -98,14 +98,14 @@ class ParallelDistill(torch.autograd.Function):
             if grad is None or dtype is None:
                 results.append(None)
             else:
-                results.append(grad.to(dtype) if call.late else whole._apply_scale(grad, scale, dtype, False))
+                results.append(grad.to(dtype) if call.late else apply_scale(grad, scale, dtype, False))
         return *results, None
 
 
 def _again(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
     """The gradients from the inputs; with reduction="none" each row is scaled by its `grad_loss`."""
     call = ctx.call
-    if [whole._version(x) for x in ctx.others] != ctx.versions:
+    if [version_of(x) for x in ctx.others] != ctx.versions:
         raise RuntimeError(f"{OP}: labels or teacher were modified in place between forward and this backward")
     inner = torch.where(ctx.inner != 0, ctx.inner * grad_loss, 0.0) if call.late else ctx.inner
     # What went into weight_grad must not go there twice.
