@@ -133,7 +133,7 @@ def test_opcheck(impl, source):
     hidden, weight, bias = cases.leaves(case)
     ones, omega = torch.ones(6, device=cases.DEVICE), torch.full((6,), 0.5, device=cases.DEVICE)
     t = case.teacher
-    teacher = {"none": lambda: [], "rows": lambda: [t], "hidden": lambda: [t.hidden, t.weight],
+    teacher = {"none": list, "rows": lambda: [t], "hidden": lambda: [t.hidden, t.weight],
                "sparse": lambda: [t.ids, t.logprobs], "table": lambda: [t.table, t.prob]}[source]()  # fmt: skip
     options = list(case.options._replace(teacher=cases.plain_teacher(case)[1]))
     vocab = 40 if source == "table" else 38
