@@ -14,6 +14,7 @@ from effkern.ops.distill import (
     TeacherTopK,
     linear_distill_loss,
 )
+from effkern.ops.soft_labels import SoftLabels, soft_labels
 from effkern.ops.token_stats import LabelStats, token_stats
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "DistillResult",
     "DistillStats",
     "LabelStats",
+    "SoftLabels",
     "TeacherConfidence",
     "TeacherHidden",
     "TeacherLogProbs",
@@ -33,6 +35,7 @@ __all__ = [
     "linear_distill_loss",
     "nn",
     "optim",
+    "soft_labels",
     "token_stats",
 ]
 
