@@ -7,6 +7,7 @@
 namespace effkern {
 
 void bind_pack(pybind11::module_& module);
+void bind_soft_labels(pybind11::module_& module);
 void bind_windows(pybind11::module_& module);
 
 }  // namespace effkern

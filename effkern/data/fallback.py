@@ -73,3 +73,72 @@ def gather_windows(shards: list[NDArray], starts: NDArray[np.int64], length: int
             done += len(part)
             number += 1
     return windows
+
+
+def pack_soft_labels(
+    ids: NDArray[np.int32], codes: NDArray[np.int32], id_bits: int, width: int
+) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
+    _check_layout("pack_soft_labels", id_bits, width)
+    if ids.ndim != 2 or ids.shape != codes.shape:
+        raise ValueError("pack_soft_labels: ids and codes must have the same two dimensions")
+    if ids.shape[1] > 65535:
+        raise ValueError(f"pack_soft_labels: a row must have at most 65535 slots, got {ids.shape[1]}")
+    kept = ids >= 0
+    id_words, code_words = ids[kept].astype(np.int64), codes[kept].astype(np.int64)
+    wrong = (id_words >> id_bits != 0) | (code_words < 0) | (code_words >> (8 * width - id_bits) != 0)
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        what, limit, got = ("id", 1 << id_bits, id_words[at])
+        if got < limit:
+            what, limit, got = ("code", 1 << (8 * width - id_bits), code_words[at])
+        raise ValueError(f"pack_soft_labels: {what} must lie in [0, {limit}), got {got}")
+    words = (id_words | code_words << id_bits).astype("<u4")
+    return words.view(np.uint8).reshape(-1, 4)[:, :width].ravel(), kept.sum(axis=1).astype(np.uint16)
+
+
+def unpack_soft_labels(
+    entries: NDArray[np.uint8],
+    counts: NDArray[np.uint16],
+    id_bits: int,
+    width: int,
+    slots: int,
+    vocab: int,
+    head: int,
+    head_table: NDArray[np.float32],
+    tail_table: NDArray[np.float32],
+    log_tail: NDArray[np.float32],
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    _check_layout("unpack_soft_labels", id_bits, width)
+    rows = len(counts)
+    if len(log_tail) != rows:
+        raise ValueError(f"unpack_soft_labels: log_tail must have one value per row ({rows}), got {len(log_tail)}")
+    if (counts > slots).any():
+        got = int(counts[counts > slots][0])
+        raise ValueError(f"unpack_soft_labels: counts must be at most slots={slots}, got {got}")
+    total = int(counts.sum(dtype=np.int64))
+    if entries.size != total * width:
+        raise ValueError(f"unpack_soft_labels: entries must have {total * width} bytes, got {entries.size}")
+    padded = np.zeros((total, 4), np.uint8)
+    padded[:, :width] = entries.reshape(total, width)
+    words = padded.view("<u4")[:, 0].astype(np.int64)
+    ids, codes = words & ((1 << id_bits) - 1), words >> id_bits
+    filled = np.arange(slots) < counts[:, None]
+    row, column = np.nonzero(filled)
+    in_head = column < head
+    wrong = (ids >= vocab) | (codes >= np.where(in_head, len(head_table), len(tail_table)))
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        raise ValueError(f"unpack_soft_labels: entries must hold ids and codes of the cache, entry {at} does not")
+    out_ids = np.full((rows, slots), -1, np.int32)
+    out_logprobs = np.full((rows, slots), -np.inf, np.float32)
+    out_ids[filled] = ids
+    values = np.empty(total, np.float32)
+    values[in_head] = head_table[codes[in_head]]
+    values[~in_head] = log_tail[row[~in_head]] + tail_table[codes[~in_head]]
+    out_logprobs[filled] = values
+    return out_ids, out_logprobs
+
+
+def _check_layout(op: str, id_bits: int, width: int) -> None:
+    if width not in (3, 4) or not 1 <= id_bits < 8 * width:
+        raise ValueError(f"{op}: width must be 3 or 4 and id_bits in [1, 8 * width), got {width} and {id_bits}")

@@ -1,4 +1,4 @@
-"""The two inner loops of the data path, compiled where `effkern._data` loads, else in NumPy."""
+"""The inner loops of the data path, compiled where `effkern._data` loads, else in NumPy."""
 
 from importlib import import_module
 from types import ModuleType
@@ -40,3 +40,54 @@ def gather_windows(shards: list[NDArray], starts: NDArray[np.int64], length: int
     if starts.dtype != np.int64:
         raise TypeError(f"gather_windows: starts must be int64, got {starts.dtype}")
     return _native.gather_windows(shards, starts, length)
+
+
+def pack_soft_labels(
+    ids: NDArray[np.int32], codes: NDArray[np.int32], id_bits: int, width: int
+) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
+    """Entries of all rows behind each other, each `width` little-endian bytes: id + (code << id_bits).
+
+    Args:
+        ids: int32 [N, K], -1 in empty slots, which take no room.
+        codes: int32 [N, K], each in [0, 2^(8 width - id_bits)).
+        id_bits, width: of an entry; width is 3 or 4.
+
+    Returns:
+        uint8 entries, and uint16 [N] entries a row.
+
+    Raises:
+        ValueError: an id or a code does not fit, or a row has more than 65535 slots.
+    """
+    return _native.pack_soft_labels(ids, codes, id_bits, width)
+
+
+def unpack_soft_labels(
+    entries: NDArray[np.uint8],
+    counts: NDArray[np.uint16],
+    id_bits: int,
+    width: int,
+    slots: int,
+    vocab: int,
+    head: int,
+    head_table: NDArray[np.float32],
+    tail_table: NDArray[np.float32],
+    log_tail: NDArray[np.float32],
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """The rows that `pack_soft_labels` wrote, with a meaning for each code.
+
+    Args:
+        entries, counts, id_bits, width: as packed.
+        slots: columns of the result, at least the largest count.
+        vocab: ids from here on are errors.
+        head: the first `head` entries of a row have logprob head_table[code], the others
+            log_tail[row] + tail_table[code].
+
+    Returns:
+        int32 ids and float32 log-probabilities, [N, slots], -1 and -inf in empty slots.
+
+    Raises:
+        ValueError: sizes do not fit together, or an id or a code is outside of its range.
+    """
+    return _native.unpack_soft_labels(
+        entries, counts, id_bits, width, slots, vocab, head, head_table, tail_table, log_tail
+    )
