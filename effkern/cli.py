@@ -309,14 +309,24 @@ def bench(arguments: Sequence[str]) -> int:
     return subprocess.run([sys.executable, "-m", "benchmarks", *arguments], cwd=root, check=False).returncode
 
 
-def _tyro(function: Any, name: str, subcommands: bool = False) -> Callable[[Sequence[str]], int]:
+def data(arguments: Sequence[str]) -> int:
+    """The subcommands of `effkern data`."""
+    import tyro
+
+    commands: dict[str, Callable[..., int]] = {"build": data_build, "stats": data_stats}
+    # Its arguments are a dataclass of the trainer, so that its import takes as long as torch's.
+    if list(arguments[:1]) not in (["build"], ["stats"]):
+        from effkern.cli_soft_labels import soft_labels
+
+        commands["soft-labels"] = soft_labels
+    return tyro.extras.subcommand_cli_from_dict(commands, prog="effkern data", args=list(arguments))
+
+
+def _tyro(function: Callable[..., int], name: str) -> Callable[[Sequence[str]], int]:
     def run(arguments: Sequence[str]) -> int:
         import tyro
 
-        prog, args = f"effkern {name}", list(arguments)
-        if subcommands:
-            return tyro.extras.subcommand_cli_from_dict(function, prog=prog, args=args)
-        return tyro.cli(function, prog=prog, args=args)
+        return tyro.cli(function, prog=f"effkern {name}", args=list(arguments))
 
     return run
 
@@ -326,10 +336,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "train": ("train one model: --preset NAME, --config FILE.toml, --dry-run", train),
     "eval": ("loss, accuracy and bits per byte of a checkpoint", _tyro(evaluate, "eval")),
     "generate": ("continue a prompt with a checkpoint", _tyro(generate, "generate")),
-    "data": (
-        "build: pack text into a dataset; stats: what one holds",
-        _tyro({"build": data_build, "stats": data_stats}, "data", True),
-    ),
+    "data": ("build: pack text; stats: what a dataset holds; soft-labels: write a teacher's labels for it", data),
     "doctor": ("what was built, and what each op uses here: --json", _tyro(doctor, "doctor")),
     "bench": ("benchmark suite of a source checkout; distill --explain: the cost model, anywhere", bench),
 }

@@ -11,20 +11,32 @@ def _require(section: str, name: str, holds: bool, rule: str, value: Any) -> Non
         raise ValueError(f"{section}.{name} must {rule}, got {value!r}")
 
 
+CACHE_KINDS = ("truncated", "renormalized", "both_renormalized", "tail_bucket", "tail_to_label", "uniform_tail")
+
+
 @dataclass(frozen=True)
 class TeacherConfig:
     """The small model that stage 1 learns from."""
 
     checkpoint: str = ""
     """A run directory (its newest checkpoint) or one step directory. Its tokenizer must be the student's."""
+    cache: str = ""
+    """A cache made by `effkern data soft-labels`, in place of a live teacher: give one of the two."""
+    cache_kind: Literal[
+        "truncated", "renormalized", "both_renormalized", "tail_bucket", "tail_to_label", "uniform_tail"
+    ] = "tail_bucket"
+    """What a top-k cache is taken to say of the ids it does not hold (effkern.TeacherTopK)."""
     temperature: float = 1.0
-    """Divides the teacher's logits; below 1 sharpens."""
+    """Divides the teacher's logits; below 1 sharpens. A cache must have been made at this temperature."""
     student_temperature: float = 1.0
     """Divides the student's logits in the distillation term."""
 
     def __post_init__(self) -> None:
         for name in ("temperature", "student_temperature"):
             _require("teacher", name, getattr(self, name) > 0, "be positive", getattr(self, name))
+        one = not (self.cache and self.checkpoint)
+        _require("teacher", "cache", one, f"be empty where teacher.checkpoint={self.checkpoint!r} is given", self.cache)
+        _require("teacher", "cache_kind", self.cache_kind in CACHE_KINDS, f"be one of {CACHE_KINDS}", self.cache_kind)
 
 
 @dataclass(frozen=True)
@@ -182,5 +194,6 @@ _FREE_RUN_FIELDS = (
     "restart",
 )
 # A run may be resumed with other values of these: they cannot change what is computed.
-# The two paths may move; the hashes of what they point to are compared instead.
-FREE_ON_RESUME = frozenset((*(f"run.{name}" for name in _FREE_RUN_FIELDS), "data.path", "teacher.checkpoint"))
+# The paths may move; the hashes of what they point to are compared instead.
+_FREE_PATHS = ("data.path", "teacher.checkpoint", "teacher.cache")
+FREE_ON_RESUME = frozenset((*(f"run.{name}" for name in _FREE_RUN_FIELDS), *_FREE_PATHS))

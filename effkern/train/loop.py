@@ -12,6 +12,7 @@ import torch
 
 from effkern.data import BatchOrder, PackedDataset, val_batches
 from effkern.models import Decoder, count_parameters
+from effkern.train.cached_teacher import CachedTeacher
 from effkern.train.checkpoint import CheckpointError, load_newest, save_checkpoint, set_aside
 from effkern.train.config import TrainConfig
 from effkern.train.device import choose_device, choose_precision, set_threads
@@ -82,6 +83,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.state = RunState()
         self.teacher: Decoder | None = None
+        self.cached: CachedTeacher | None = None
         self.stage_one = teacher_steps(config.schedule)
         self._notes: list[str] = []
         self._saved_step = -1
@@ -108,13 +110,17 @@ class Trainer:
         if found is not None:
             check_same_run(found, self.config, self.inputs)
         first = found.step if found else 0
-        if first < self.stage_one:
+        if first < self.stage_one and self.config.teacher.cache:
+            self.cached = CachedTeacher(self.config, self.order, range(first, self.stage_one), self.device)
+            self.inputs = replace(self.inputs, labels=self.cached.hash)
+        elif first < self.stage_one:
             loaded = load_teacher(self.config, self.inputs, self.device)
             self.inputs = replace(self.inputs, teacher=loaded.weights_hash)
             self.teacher = loaded.model
         if found is not None:
             check_same_run(found, self.config, self.inputs)
-            self.inputs = replace(self.inputs, teacher=found.data["inputs"]["teacher"])
+            stored = found.data["inputs"]
+            self.inputs = replace(self.inputs, teacher=stored["teacher"], labels=stored.get("labels", ""))
             self.state = restore(found, self.model, self.optimizer)
             for path, problem in found.problems.items():
                 self._notes.append(f"skipped and renamed to {set_aside(path).name}: {problem}")
@@ -135,7 +141,7 @@ class Trainer:
             log.write("eval", 0, self.validate())
         while state.step < config.schedule.steps and stop.signum is None:
             step = state.step
-            if self.teacher is not None and step >= self.stage_one:
+            if (self.teacher or self.cached) is not None and step >= self.stage_one:
                 self.unload_teacher()
                 report.note(f"step {step}: stage 2, teacher unloaded")
             result, timer = self.step(step)
@@ -165,6 +171,11 @@ class Trainer:
         """Compute step number `step` on its batch."""
         config = self.config
         timer = StepTimer(self.device, self.device.type != "cuda" or (step + 1) % max(10, config.run.log_every) == 0)
+        omega = omega_at(config.schedule, step)
+        labels = None
+        if self.cached is not None and omega > 0:
+            with timer.measure("teacher"):
+                labels = self.cached.labels(step)
         result = train_step(
             self.model,
             self.forward,
@@ -172,7 +183,8 @@ class Trainer:
             to_device(self.order.batch(step), self.device),
             config,
             teacher=self.teacher,
-            omega=omega_at(config.schedule, step),
+            labels=labels,
+            omega=omega,
             rate=learning_rate(config.optimizer, config.schedule.steps, step),
             dtype=self.dtype,
             timer=timer,
@@ -191,8 +203,8 @@ class Trainer:
         return {**result.as_dict(), "eval_tokens": result.tokens, "tokens": self.state.tokens}
 
     def unload_teacher(self) -> None:
-        """Free the teacher's memory; student and optimizer are not touched."""
-        self.teacher = None
+        """Free the memory of the teacher or of its labels; student and optimizer are not touched."""
+        self.teacher = self.cached = None
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -39,6 +39,8 @@ class Inputs:
     dataset: str
     tokenizer: str
     teacher: str = ""
+    labels: str = ""
+    """Of the soft-label cache, where there is one in place of a teacher."""
 
     @staticmethod
     def of(dataset: PackedDataset) -> "Inputs":
@@ -88,8 +90,9 @@ def check_same_run(checkpoint: Checkpoint, config: TrainConfig, inputs: Inputs) 
         if stored[name] != getattr(inputs, name):
             wrong.append(f"{name} (hash): {stored[name][:12]} -> {getattr(inputs, name)[:12]}")
     # No teacher is loaded after the switch, so there is none to compare.
-    if inputs.teacher and stored["teacher"] != inputs.teacher:
-        wrong.append(f"teacher (hash): {stored['teacher'][:12]} -> {inputs.teacher[:12]}")
+    for name, now in (("teacher", inputs.teacher), ("labels", inputs.labels)):
+        if now and stored.get(name, "") != now:
+            wrong.append(f"{name} (hash): {stored.get(name, '')[:12] or 'none'} -> {now[:12]}")
     if wrong:
         raise CheckpointError(
             f"checkpoint {checkpoint.path} belongs to another run; nothing was overwritten. Stored -> now:\n  "

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from effkern.models import Decoder
-from effkern.ops.distill import TeacherHidden, linear_distill_loss
+from effkern.ops.distill import TeacherHidden, TeacherTopK, linear_distill_loss
+from effkern.train.cached_teacher import StepLabels
 from effkern.train.config import TrainConfig
 from effkern.train.device import autocast
 from effkern.train.timing import StepTimer
@@ -50,6 +51,7 @@ def train_step(
     config: TrainConfig,
     *,
     teacher: Decoder | None,
+    labels: StepLabels | None = None,
     omega: float,
     rate: float,
     dtype: torch.dtype,
@@ -58,17 +60,20 @@ def train_step(
     """One update from `tokens` [batch, seq_len + 1]; `forward` is `model` or its compiled form.
 
     Every micro-batch divides by the number of supervised tokens of the whole step, so that accumulation gives the
-    gradient of the whole batch. The teacher runs only where omega > 0.
+    gradient of the whole batch. The teacher runs only where omega > 0; `labels` are a cache's, in its place.
     """
-    labels = tokens[:, 1:]
-    denom = int((labels != IGNORE).sum())
+    denom = int((tokens[:, 1:] != IGNORE).sum())
     optimizer.zero_grad(set_to_none=True)
     sums = torch.zeros(4, dtype=torch.float64, device=tokens.device)
-    for rows in tokens.split(config.data.micro_rows):
+    for first, rows in enumerate(tokens.split(config.data.micro_rows)):
         inputs, targets = rows[:, :-1], rows[:, 1:].flatten()
         with autocast(tokens.device, dtype):
-            target = None
-            if teacher is not None and omega > 0:
+            target: TeacherHidden | TeacherTopK | None = None
+            # A cache has the temperature in its labels.
+            teacher_temperature = config.teacher.temperature if labels is None else 1.0
+            if omega > 0 and labels is not None:
+                target = labels.rows(first * config.data.micro_rows, len(rows))
+            elif omega > 0 and teacher is not None:
                 with timer.measure("teacher"), torch.no_grad():
                     target = TeacherHidden(teacher(inputs).flatten(0, 1), teacher.head_weight)
             hidden = forward(inputs).flatten(0, 1)
@@ -81,7 +86,7 @@ def train_step(
                     teacher=target,
                     omega=None if target is None else omega,
                     temperature=None if target is None else config.teacher.student_temperature,
-                    teacher_temperature=None if target is None else config.teacher.temperature,
+                    teacher_temperature=None if target is None else teacher_temperature,
                     ignore_index=IGNORE,
                     vocab_valid=model.vocab_valid,
                     denom=denom,
