@@ -35,7 +35,7 @@ class LinearDistillLoss(nn.Module):
 
     OPTIONS = frozenset(
         ("divergence", "alpha", "beta", "t_squared", "normalize_jsd", "ignore_index", "label_smoothing", "z_loss",
-         "softcap", "logit_scale", "vocab_valid", "reduction", "check", "impl", "chunk_bytes")
+         "softcap", "logit_scale", "vocab_valid", "reduction", "check", "impl", "chunk_bytes", "memory_limit")
     )  # fmt: skip
 
     def __init__(
@@ -45,7 +45,7 @@ class LinearDistillLoss(nn.Module):
         unknown = sorted(set(options) - self.OPTIONS)
         if unknown:
             raise TypeError(f"LinearDistillLoss: options must be among {sorted(self.OPTIONS)}, got {unknown}")
-        rules = {k: v for k, v in options.items() if k not in ("vocab_valid", "check", "impl")}
+        rules = {k: v for k, v in options.items() if k not in ("vocab_valid", "check", "impl", "memory_limit")}
         checks.check_options(temperature=temperature, teacher_temperature=teacher_temperature, **rules)
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature

@@ -59,6 +59,7 @@ OPTIONS = [
     {"divergence": "decoupled_kl", "alpha": 1.0, "beta": 2.0, "check": True},
     {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 4.0, "logit_scale": 0.5, "vocab_valid": 28},
     {"reduction": "sum", "ignore_index": 5, "chunk_bytes": 999, "impl": "reference"},
+    {"reduction": "sum", "memory_limit": 1 << 20},
 ]
 
 
