@@ -32,7 +32,8 @@ EVERYTHING = {
 
 @pytest.fixture
 def streaming(monkeypatch):
-    """Blocks of 32, so that small rows take several steps."""
+    """Blocks of 32, so that small rows take several steps, and two kept slots at a time that look for their equals."""
+    monkeypatch.setattr(triton_launch, "EQUALS", 16)
     for table in ("DENSE_LAUNCH", "SPARSE_LAUNCH"):
         monkeypatch.setattr(launcher, table, [Launch(1 << 31, 32, 4, 128)])
 

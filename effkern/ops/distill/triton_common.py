@@ -90,20 +90,20 @@ def kl_terms(p, q, x):
     s = s * x + 4.16666667e-2
     s = s * x - 0.166666667
     s = s * x + 0.5
-    far = tl.where(p > 0.0, p * x, 0.0) + (q - p)
+    far = times(p, x) + (q - p)
     return tl.where((p > 0.0) & (x < 0.5) & (x > -0.5), p * x * x * s, far)
 
 
 @triton.jit
 def xlogx(x):
     """x log x, with 0 log 0 = 0."""
-    return tl.where(x > 0.0, x * tl.log(tl.where(x > 0.0, x, 1.0)), 0.0)
+    return x * tl.log(tl.where(x == 0.0, 1.0, x))
 
 
 @triton.jit
 def times(mass, factor):
-    """mass * factor, 0 where there is no mass, whatever the factor; a mass of nan is seen."""
-    return tl.where(mass != 0.0, mass * factor, 0.0)
+    """mass * factor, 0 where there is no mass, whatever the factor; a mass of NaN is not none."""
+    return tl.where(mass == 0.0, 0.0, mass * factor)
 
 
 # Sums over a row are kept per lane, and those of a row that is one block become scalars at once: as tiles, eight of
@@ -176,7 +176,7 @@ def store_stats(
     tl.store(stats_ptr + 6 * stats_stride, teacher_label_logprob)
     tl.store(stats_ptr + 7 * stats_stride, entropy)
     tl.store(stats_ptr + 8 * stats_stride, teacher_entropy)
-    tl.store(stats_ptr + 9 * stats_stride, tl.where(hit, 1.0, 0.0))
+    tl.store(stats_ptr + 9 * stats_stride, tl.where(hit & (lse == lse), 1.0, 0.0))
     tl.store(stats_ptr + 10 * stats_stride, tl.where(teacher_hit, 1.0, 0.0))
     tl.store(stats_ptr + 11 * stats_stride, ratio)
     tl.store(stats_ptr + 12 * stats_stride, tl.where(agreement, 1.0, 0.0))

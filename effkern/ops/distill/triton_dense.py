@@ -177,8 +177,8 @@ def distill_dense_kernel(
         if NORMALISED:
             count = vocab if DIVERGENCE == "zscored_mse" else 1.0
             square_z, square_u = total(first, RESIDENT) / count, total(second, RESIDENT) / count
-            factor_z = tl.where(square_z != 0.0, tl.rsqrt(tl.where(square_z != 0.0, square_z, 1.0)), 0.0)
-            factor_u = tl.where(square_u != 0.0, tl.rsqrt(tl.where(square_u != 0.0, square_u, 1.0)), 0.0)
+            factor_z = tl.where(square_z == 0.0, 0.0, tl.rsqrt(square_z))
+            factor_u = tl.where(square_u == 0.0, 0.0, tl.rsqrt(square_u))
             along = 1.0 - total(third, RESIDENT) / count * factor_z * factor_u
         else:
             weight = total(first, RESIDENT)

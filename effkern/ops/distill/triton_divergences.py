@@ -54,7 +54,7 @@ def _skew_reverse_kl(p, q, log_p, log_q, alpha):
 
 @triton.jit
 def _tvd(p, q):
-    # The last is 0 or nan.
+    # q - p is 0 or NaN where neither is larger.
     sign = tl.where(q > p, 0.5, tl.where(q < p, -0.5, q - p))
     return sign * (q - p), sign * q, 0.0
 

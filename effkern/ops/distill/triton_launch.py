@@ -4,7 +4,7 @@ Chosen by what the compiler needs without spilling on sm_80, sm_90 and sm_100 (t
 GPU has timed them.
 
 - Up to 128 registers, two programs of 8 warps share a multiprocessor. Held to 96, some divergences spill 8 bytes.
-- Dense rows of 4096 take up to 254 registers in 8 warps, and spill 16 bytes in 16 warps with 128. Rows of 8192 spill
+- Dense rows of 4096 take up to 252 registers in 8 warps, and spill 16 bytes in 16 warps with 128. Rows of 8192 spill
   up to 200 bytes: from there on every pass reads the row again, mostly from the cache while rows are short.
 - Sparse rows hold one model: 8192 take up to 128 registers in 16 warps, 16384 spill 48 bytes.
 - Rows beyond: one 16-byte load of each model per thread and step with a dense teacher, two otherwise.
