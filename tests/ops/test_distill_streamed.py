@@ -23,7 +23,7 @@ def slices(monkeypatch) -> list[int]:
     run, choose = streamed.run, cost.choose
 
     def spy(*args, **kwargs):
-        widths.append(args[4])
+        widths.append(args[5])
         return run(*args, **kwargs)
 
     def prefer(found):

@@ -4,7 +4,7 @@ N rows, C rows of a chunk, V vocabulary, D and Dt hidden sizes of student and te
 """
 
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from effkern.ops.distill import ceilings, cost, gemm, teachers
 from effkern.ops.distill.reference import reference_rows
-from effkern.ops.distill.rows import DIVERGENCES, RowOptions, Rows
+from effkern.ops.distill.rows import RowOptions, Rows
 from effkern.ops.distill.teachers import Source
 from effkern.ops.distill.types import DistillStats
 
@@ -35,17 +35,6 @@ class Inputs(NamedTuple):
     """Type in which the gradient of the weight leaves the op: a single chunk writes it at once."""
 
 
-class Memory(NamedTuple):
-    """What a call may use: bytes of one V-wide buffer, and of everything beside inputs and gradients; None: defaults.
-
-    `may_stream`: slices of the vocabulary may be chosen, whose row pass is PyTorch's.
-    """
-
-    chunk: int | None = None
-    limit: int | None = None
-    may_stream: bool = False
-
-
 def chunk_bytes(device: torch.device) -> int:
     """Default byte budget of one V-wide chunk buffer on `device`: 32 MiB on a CPU, 1/64 of a GPU's memory."""
     if device.type == "cuda":
@@ -62,37 +51,6 @@ def chunk_rows(num_rows: int, vocab: int, dim: int, element_bytes: int, budget: 
     """Rows per chunk for products that only read: at most max(1024, 2 D), within `budget`, in chunks of one size."""
     problem = cost.Problem(num_rows, vocab, dim, element_bytes=element_bytes)
     return cost.balanced(num_rows, cost.rule_rows(problem, budget))
-
-
-@lru_cache(4096)
-def _plan(
-    problem: cost.Problem, device: torch.device, chunk: int, limit: int | None, methods: tuple[str, ...]
-) -> cost.Plan:
-    return cost.plan(problem, ceilings.of_device(device), budget=limit, chunk_bytes=chunk, methods=methods)
-
-
-def plan(
-    x: Inputs, options: RowOptions, vocab: int, impl: str, num_rows: int, need_weight: bool, memory: Memory
-) -> cost.Plan:
-    """How the cost model would have this call computed."""
-    from effkern.ops.distill import streamed
-
-    kind = {"rows": "logits", "table": "logits"}.get(x.teacher.kind, x.teacher.kind)
-    dtype = x.hidden_ND.dtype
-    acc = gemm.accumulator_dtype(dtype)
-    # One chunk saves the accumulators of a weight gradient that leaves in another type, if there is one to be made.
-    own_grad = need_weight and x.weight_grad_VD is None
-    teacher_dim = x.teacher.tensors[0].shape[1] if kind == "hidden" else 0
-    problem = cost.Problem(
-        num_rows, vocab, x.hidden_ND.shape[1], kind, teacher_dim,  # type: ignore[arg-type]
-        element_bytes=dtype.itemsize, weight_grad_bytes=(x.weight_grad_dtype if own_grad else acc).itemsize,
-        logit_bytes=acc.itemsize, passes=DIVERGENCES[options.divergence].passes,
-        grad_in_place=impl == "cpp", slice_buffers=streamed.buffers(x.hidden_ND.device),
-    )  # fmt: skip
-    device = x.hidden_ND.device
-    chunk = chunk_bytes(device) if memory.chunk is None else memory.chunk
-    streams = memory.may_stream and memory.limit is not None and streamed.covers(options, x.teacher)
-    return _plan(problem, device, chunk, memory.limit, cost.METHODS if streams else cost.UNIVERSAL)
 
 
 def row_pass(impl: str) -> Callable[[Rows, torch.dtype | None, RowOptions], Tensor | None]:
@@ -129,15 +87,16 @@ def run(
     vocab: int,
     impl: str,
     needs: tuple[bool, bool, bool],
-    memory: Memory,
-    num_kept: int | None = None,
+    index_M: Tensor | None,
+    step: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Statistics [13, N] and the gradients of sum_n scale_n loss_n.
 
     Args:
         vocab: entries that count; the rest of `weight` gets a zero gradient.
         needs: which of (hidden, weight, bias) get a gradient; without any, no gradient work is done.
-        num_kept: number of rows that count, where the caller knows it.
+        index_M: the rows that count (`kept_rows`), or None for all.
+        step: rows per chunk.
 
     Returns:
         stats, grad_hidden (type of `hidden`), grad_weight and grad_bias (float32, or float64). grad_weight is None
@@ -152,17 +111,9 @@ def run(
     weight_VD = x.weight_VD[:vocab]
     bias_V = None if x.bias_V is None else x.bias_V[:vocab].to(acc).contiguous()
     source = teachers.prepare(x.teacher, options.teacher_temperature)
-    index_M = kept_rows(x.labels_N, options.ignore_index, num_kept)
     num_rows = x.hidden_ND.shape[0] if index_M is None else index_M.shape[0]
     # Rows that do not count but are still there are cleared: 0 * inf would reach the weight gradient.
     clear = index_M is None and device.type != "cpu"
-
-    way = plan(x, options, vocab, impl, num_rows, need_weight, memory)
-    if way.method == "streamed":
-        from effkern.ops.distill import streamed
-
-        return streamed.run(x, options, vocab, needs, way.columns, num_kept)
-    step = way.rows
 
     stats_SN = torch.zeros(NUM_STATS, x.hidden_ND.shape[0], dtype=acc, device=device)
     grad_hidden = grad_weight = grad_bias = None

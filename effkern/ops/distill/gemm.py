@@ -21,6 +21,11 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def grad_dtype(dtype: torch.dtype, compute_dtype: torch.dtype) -> torch.dtype:
+    """Type in which a parameter's gradient leaves the op: its own, but float32 where float16 could underflow."""
+    return torch.float32 if compute_dtype == torch.float16 else dtype
+
+
 def uses_onednn(x: Tensor) -> bool:
     """Whether float32 products on this CPU go to oneDNN's inner product, which torch.mm does not reach.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from effkern import native
-from effkern.ops.distill import chunked, values
+from effkern.ops.distill import chunked, driver, gemm, values
 from effkern.ops.distill.rows import RowOptions
 from effkern.ops.distill.teachers import Source
 
@@ -43,11 +43,6 @@ _library.define(
 )
 
 
-def grad_dtype(dtype: torch.dtype, compute_dtype: torch.dtype) -> torch.dtype:
-    """Type in which a parameter's gradient leaves the op: its own, but float32 where float16 could underflow."""
-    return torch.float32 if compute_dtype == torch.float16 else dtype
-
-
 def _run(
     hidden: Tensor,
     weight: Tensor,
@@ -69,19 +64,19 @@ def _run(
         values.check_teacher(given, options, labels, vocab)
     inputs = chunked.Inputs(
         hidden.to(compute_dtype), weight.to(compute_dtype), bias, labels, scale, omega, given, weight_grad,
-        grad_dtype(weight.dtype, compute_dtype),
+        gemm.grad_dtype(weight.dtype, compute_dtype),
     )  # fmt: skip
     # The products have their types already; autocast would round the float32 tiles.
     with torch.autocast(hidden.device.type, enabled=False):
-        stats, grad_hidden, grad_weight, grad_bias = chunked.run(
-            inputs, options, vocab, impl, (needs[0], needs[1], needs[2]), chunked.Memory(*memory), num_kept
+        stats, grad_hidden, grad_weight, grad_bias = driver.run(
+            inputs, options, vocab, impl, (needs[0], needs[1], needs[2]), driver.Memory(*memory), num_kept
         )
     none = hidden.new_empty(0)
     return (
         stats,
         none if grad_hidden is None else grad_hidden.to(hidden.dtype),
-        none.clone() if grad_weight is None else grad_weight.to(grad_dtype(weight.dtype, compute_dtype)),
-        none.clone() if grad_bias is None or bias is None else grad_bias.to(grad_dtype(bias.dtype, compute_dtype)),
+        none.clone() if grad_weight is None else grad_weight.to(gemm.grad_dtype(weight.dtype, compute_dtype)),
+        none.clone() if grad_bias is None or bias is None else grad_bias.to(gemm.grad_dtype(bias.dtype, compute_dtype)),
     )
 
 
@@ -99,8 +94,8 @@ def _fake(hidden, weight, bias, labels, *rest):
     return (
         hidden.new_empty((chunked.NUM_STATS, hidden.shape[0]), dtype=acc),
         grad(hidden, needs[0], hidden.dtype),
-        grad(weight, needs[1] and weight_grad is None, grad_dtype(weight.dtype, compute_dtype)),
-        hidden.new_empty(0) if bias is None else grad(bias, needs[2], grad_dtype(bias.dtype, compute_dtype)),
+        grad(weight, needs[1] and weight_grad is None, gemm.grad_dtype(weight.dtype, compute_dtype)),
+        hidden.new_empty(0) if bias is None else grad(bias, needs[2], gemm.grad_dtype(bias.dtype, compute_dtype)),
     )
 
 

@@ -89,8 +89,8 @@ def run(
     options: RowOptions,
     vocab: int,
     needs: tuple[bool, bool, bool],
+    index_M: Tensor | None,
     columns: int,
-    num_kept: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """What `chunked.run` returns, from slices of `columns` entries; see there.
 
@@ -100,7 +100,6 @@ def run(
     x = inputs
     dtype, device = x.hidden_ND.dtype, x.hidden_ND.device
     acc = gemm.accumulator_dtype(dtype)
-    index_M = chunked.kept_rows(x.labels_N, options.ignore_index, num_kept)
 
     def pick(given: Tensor) -> Tensor:
         return given if index_M is None else given.index_select(0, index_M)

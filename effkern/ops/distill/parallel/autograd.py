@@ -5,13 +5,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from effkern.ops.distill import chunked
+from effkern.ops.distill import chunked, gemm
 from effkern.ops.distill.autograd import apply_scale, check_unit, version_of
 from effkern.ops.distill.parallel import chunks
 from effkern.ops.distill.parallel.agree import OP
 from effkern.ops.distill.parallel.chunks import Layout, Reductions
 from effkern.ops.distill.rows import RowOptions
-from effkern.ops.distill.schema import grad_dtype
 from effkern.ops.distill.teachers import Source
 
 
@@ -51,7 +50,11 @@ def _execute(
             inputs, call.options, call.layout, call.reductions, (needs[0], needs[1], needs[2]),
             budget=call.budget, num_kept=call.num_kept, compiled=call.compiled,
         )  # fmt: skip
-    types = (hidden.dtype, grad_dtype(weight.dtype, dtype), None if bias is None else grad_dtype(bias.dtype, dtype))
+    types = (
+        hidden.dtype,
+        gemm.grad_dtype(weight.dtype, dtype),
+        None if bias is None else gemm.grad_dtype(bias.dtype, dtype),
+    )
     return stats, [None if grad is None else grad.to(to) for grad, to in zip(grads, types)]
 
 

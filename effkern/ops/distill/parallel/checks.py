@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from effkern.ops.distill import checks, values
-from effkern.ops.distill.api import OP as WHOLE
+from effkern.ops.distill.arguments import OP as WHOLE
 from effkern.ops.distill.check_teachers import check_teacher
 from effkern.ops.distill.parallel import agree
 from effkern.ops.distill.parallel.agree import OP
