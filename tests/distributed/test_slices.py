@@ -56,7 +56,7 @@ def test_every_phase_can_be_traced(alone, monkeypatch, name):
 
     torch._dynamo.reset()
 
-    monkeypatch.setattr(chunks, "_compiled", trace)
+    monkeypatch.setattr(chunks, "compiled_phase", trace)
     inner = chunks.row_pass
     monkeypatch.setattr(chunks, "row_pass", lambda *args: inner(*args[:-1], True))
     for key, value in answer(call, vocab_parallel_distill_loss).items():
