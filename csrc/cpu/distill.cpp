@@ -94,6 +94,7 @@ void distill_rows(Tensor logits, std::optional<Tensor> teacher, std::optional<Te
   chunk.grad_bfloat16 = grad_bfloat16;
   const bool reverse = divergence == 1;
   chunk.options = {static_cast<float>(alpha),           static_cast<float>(beta),
+                   static_cast<float>(1.0 - alpha),     static_cast<float>(1.0 - beta),
                    static_cast<float>(divergence_scale), static_cast<float>(temperature),
                    static_cast<float>(teacher_temperature), static_cast<float>(label_smoothing),
                    static_cast<float>(z_loss),          static_cast<float>(softcap),

@@ -225,7 +225,7 @@ EFFKERN_INLINE RowStats dense_row(const DenseRow& row, const RowOptions& o, Scra
     agree += (z_label == top_z) & (u_label == top_u) ? 1.0f : 0.0f;
   }
   const float slope = label_slope(row, x, facts, divergence, static_cast<float>(total), o);
-  stats.divergence = o.divergence_scale * static_cast<float>(divergence.factor * value + divergence.extra);
+  stats.divergence = o.divergence_scale * static_cast<float>(divergence.finish(value));
   stats.entropy = static_cast<float>(-entropy_q);
   stats.teacher_entropy = static_cast<float>(-entropy_p);
   stats.agreement = agree > 0.0f ? 1.0f : 0.0f;

@@ -33,6 +33,9 @@ struct Divergence {
   float total = 0.0f;   // W, class 2
   double extra = 0.0;   // D = factor * (sum of values) + extra
   double factor = 1.0;
+
+  // A weight of zero switches a term off, even where it is infinite.
+  EFFKERN_INLINE double finish(double sum) const { return (factor != 0.0 ? factor * sum : 0.0) + extra; }
 };
 
 struct ForwardKL : Divergence {
@@ -60,7 +63,7 @@ struct ReverseKL : Divergence {
 struct SymmetricKL : Divergence {
   static constexpr bool needs_reverse = true;
   float forward, backward;
-  SymmetricKL(const RowFacts& r, const RowOptions& o) : forward(o.beta), backward(1.0f - o.beta) {
+  SymmetricKL(const RowFacts& r, const RowOptions& o) : forward(o.beta), backward(o.rest_beta) {
     total = static_cast<float>(backward * r.reverse - forward * r.mass);
     extra = (forward - backward) * (r.mass - 1.0);
   }
@@ -71,58 +74,62 @@ struct SymmetricKL : Divergence {
   EFFKERN_INLINE float weight(const Entry& e) const { return backward * reverse_weight(e) - forward * e.p; }
 };
 
-// m = share p + (1 - share) q, with log(p / m) and log(q / m).
+// m = share p + rest q, share + rest = 1, with log(p / m) and log(q / m).
 struct Mixture {
   float m, p_over_m, q_over_m;
 };
 
-EFFKERN_INLINE Mixture mix(const Entry& e, float share) {
+EFFKERN_INLINE Mixture mix(const Entry& e, float share, float rest) {
   // log(q / m) = -log(1 + share (p / q - 1)), from the larger of the two, so that the exponential is at most 1.
   const float gap = e.log_p - e.log_q;
   const float far = gap > 0.0f ? gap : -gap;
   // exp(-far) - 1
   const float less = far < 0.5f ? excess_series(far) - far : fast_exp(-far) - 1.0f;
-  const float above = fast_log1p((gap > 0.0f ? 1.0f - share : share) * less);
-  return {share * e.p + (1.0f - share) * e.q, gap > 0.0f ? -above : gap - above, gap > 0.0f ? -gap - above : -above};
+  const float above = fast_log1p((gap > 0.0f ? rest : share) * less);
+  return {share * e.p + rest * e.q, gap > 0.0f ? -above : gap - above, gap > 0.0f ? -gap - above : -above};
 }
 
 struct JSD : Divergence {
   static constexpr bool sums_weights = true;
-  float beta;
-  JSD(const RowFacts&, const RowOptions& o) : beta(o.beta) {}
+  float beta, rest;
+  JSD(const RowFacts&, const RowOptions& o) : beta(o.beta), rest(o.rest_beta) {}
   EFFKERN_INLINE float value(const Entry& e) const {
-    const Mixture x = mix(e, beta);
-    return beta * kl_term(e.p, x.m, x.p_over_m) + (1.0f - beta) * kl_term(e.q, x.m, x.q_over_m);
+    const Mixture x = mix(e, beta, rest);
+    return beta * kl_term(e.p, x.m, x.p_over_m) + rest * kl_term(e.q, x.m, x.q_over_m);
   }
   EFFKERN_INLINE float weight(const Entry& e) const {
-    return e.q > 0.0f ? (1.0f - beta) * e.q * mix(e, beta).q_over_m : 0.0f;
+    return e.q > 0.0f ? rest * e.q * mix(e, beta, rest).q_over_m : 0.0f;
   }
 };
 
 struct SkewForwardKL : Divergence {
   static constexpr bool sums_weights = true;
-  float alpha;
-  SkewForwardKL(const RowFacts& r, const RowOptions& o) : alpha(o.alpha) { extra = (1.0 - alpha) * (r.mass - 1.0); }
+  float alpha, rest;
+  SkewForwardKL(const RowFacts& r, const RowOptions& o) : alpha(o.alpha), rest(o.rest_alpha) {
+    extra = rest * (r.mass - 1.0);
+  }
   EFFKERN_INLINE float value(const Entry& e) const {
-    const Mixture x = mix(e, alpha);
+    const Mixture x = mix(e, alpha, rest);
     return kl_term(e.p, x.m, x.p_over_m);
   }
   EFFKERN_INLINE float weight(const Entry& e) const {
-    const float m = alpha * e.p + (1.0f - alpha) * e.q;
-    return m == 0.0f ? 0.0f : -(1.0f - alpha) * e.p * (e.q / m);
+    const float m = alpha * e.p + rest * e.q;
+    return m == 0.0f ? 0.0f : -rest * e.p * (e.q / m);
   }
 };
 
 struct SkewReverseKL : Divergence {
   static constexpr bool sums_weights = true;
-  float alpha;
-  SkewReverseKL(const RowFacts& r, const RowOptions& o) : alpha(o.alpha) { extra = (1.0 - alpha) * (1.0 - r.mass); }
+  float alpha, rest;
+  SkewReverseKL(const RowFacts& r, const RowOptions& o) : alpha(o.alpha), rest(o.rest_alpha) {
+    extra = rest * (1.0 - r.mass);
+  }
   EFFKERN_INLINE float value(const Entry& e) const {
-    const Mixture x = mix(e, 1.0f - alpha);
+    const Mixture x = mix(e, rest, alpha);
     return kl_term(e.q, x.m, x.q_over_m);
   }
   EFFKERN_INLINE float weight(const Entry& e) const {
-    const Mixture x = mix(e, 1.0f - alpha);
+    const Mixture x = mix(e, rest, alpha);
     return e.q > 0.0f ? e.q * (x.q_over_m - alpha * (e.q / x.m)) : 0.0f;
   }
 };
@@ -144,7 +151,7 @@ struct DecoupledKL : Divergence {
     // Off the label: beta (q - p) - q alpha (q_y - p_y).
     total = static_cast<float>(o.alpha * (r.q_label - r.p_label) - o.beta);
     factor = o.beta;
-    extra = o.alpha * r.binary;
+    extra = o.alpha > 0.0f ? o.alpha * r.binary : 0.0;
   }
   EFFKERN_INLINE float value(const Entry& e) const { return kl_term(e.p, e.q, e.log_p - e.log_q); }
   EFFKERN_INLINE float weight(const Entry& e) const { return -beta * e.p; }

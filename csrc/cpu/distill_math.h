@@ -22,7 +22,8 @@ constexpr int64_t BLOCK = 1024;
 
 // The scalars of effkern/ops/distill/rows.py.
 struct RowOptions {
-  float alpha, beta, divergence_scale, temperature, teacher_temperature, label_smoothing, z_loss, softcap, logit_scale;
+  // 1 - alpha and 1 - beta come from double: near 1, float would lose them.
+  float alpha, beta, rest_alpha, rest_beta, divergence_scale, temperature, teacher_temperature, label_smoothing, z_loss, softcap, logit_scale;
   bool teacher_logprobs, reverse;
   int sparse_kind;
 };

@@ -1,6 +1,8 @@
 // The row pass of a sparse teacher and of none, with and without gradient.
 #include "distill_sparse.h"
 
+#include <algorithm>
+
 #include "distill_chunk.h"
 
 namespace effkern {
@@ -19,8 +21,9 @@ EFFKERN_INLINE void run_rows(const DistillChunk& c, int64_t begin, int64_t end) 
       kept.clear();
       for (int64_t k = n * c.kept; k < (n + 1) * c.kept; ++k) {
         const int64_t id = load_index(c.ids, c.long_ids, k);
-        if (id >= 0 && id < c.vocab) kept.push_back({id, 0.0, c.logprobs[k], 0.0, 0.0, 0.0f});
+        if (id >= 0 && id < c.vocab) kept.push_back({id, 0.0, c.logprobs[k], 0.0, 0.0, 0.0});
       }
+      std::sort(kept.begin(), kept.end(), [](const Kept& a, const Kept& b) { return a.id < b.id; });
       finish_logits(z, c.bias, c.vocab, c.options);
       stats = sparse_row<Grad>({z, c.vocab, label, c.scale[n], c.omega[n], &kept}, c.options, scratch);
     }

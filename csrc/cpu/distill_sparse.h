@@ -18,15 +18,14 @@ constexpr double TAIL_FLOOR = 1e-7;
 // A row's kept entries: those with an id inside of the vocabulary.
 struct Kept {
   int64_t id;
-  double t, log_t, q, log_q;
-  float delta;
+  double t, log_t, q, log_q, delta;
 };
 
 struct SparseRow {
   float* z;
   int64_t vocab, label;
   float scale, omega;
-  std::vector<Kept>* kept;  // id and log_t filled in
+  std::vector<Kept>* kept;  // id and log_t filled in, by rising id
 };
 
 // Coefficients of the gradient, value and entropy of the target.
@@ -35,7 +34,8 @@ struct SparseSums {
   double top_t = 0.0;
 };
 
-inline double xlogx(double x) { return x > 0.0 ? x * std::log(x) : 0.0; }
+// 0 log 0 = 0; nan stays nan.
+inline double xlogx(double x) { return x == 0.0 ? 0.0 : x * std::log(x); }
 
 inline double log_sum_exp(const std::vector<Kept>& kept) {
   double most = -INFINITY, sum = 0.0;
@@ -45,8 +45,10 @@ inline double log_sum_exp(const std::vector<Kept>& kept) {
   return most + std::log(sum);
 }
 
-// All in double: K entries only. `sum_z` is the sum of all z, for a uniform tail.
-inline SparseSums sparse_sums(const SparseRow& row, const Softmax& soft_q, double sum_z, const RowOptions& o) {
+// All in double: K entries only. `sum_z` is the sum of all z, for a uniform tail; `outside` that of q off the kept
+// entries, for a tail bucket.
+inline SparseSums sparse_sums(const SparseRow& row, const Softmax& soft_q, double sum_z, double outside,
+                              const RowOptions& o) {
   std::vector<Kept>& kept = *row.kept;
   SparseSums r;
   r.log_mass = log_sum_exp(kept);
@@ -57,7 +59,7 @@ inline SparseSums sparse_sums(const SparseRow& row, const Softmax& soft_q, doubl
     shift = log_sum_exp(kept);
     if (!(shift > -INFINITY)) shift = 0.0;
   }
-  double S = 0.0, Q = 0.0, base = 0.0, log_q_sum = 0.0, t_label = 0.0, t_log_t = 0.0;
+  double S = 0.0, base = 0.0, log_q_sum = 0.0, t_label = 0.0, t_log_t = 0.0;
   bool has_label = false;
   for (Kept& k : kept) {
     k.log_t -= shift;
@@ -65,7 +67,6 @@ inline SparseSums sparse_sums(const SparseRow& row, const Softmax& soft_q, doubl
     k.log_q = soft_q.log_prob(row.z[k.id]);
     k.q = std::exp(k.log_q);
     S += k.t;
-    Q += k.q;
     log_q_sum += k.log_q;
     // Not of 0 log 0 alone: a mass of nan must be seen.
     if (k.t != 0.0) base += k.t * (k.log_t - k.log_q);
@@ -73,12 +74,12 @@ inline SparseSums sparse_sums(const SparseRow& row, const Softmax& soft_q, doubl
     r.top_t = k.t > r.top_t ? k.t : r.top_t;
     if (k.id == row.label) has_label = true, t_label += k.t;
   }
-  const double tail = 1.0 - S > 0.0 ? 1.0 - S : 0.0;
+  const double tail = S > 1.0 ? 0.0 : 1.0 - S;
   r.c = S;
   r.value = base;
   r.entropy = -t_log_t;
   r.log_label = std::log(t_label);
-  for (Kept& k : kept) k.delta = static_cast<float>(-k.t);
+  for (Kept& k : kept) k.delta = -k.t;
 
   if (o.sparse_kind == BOTH_RENORMALIZED) {
     r.c = 0.0;
@@ -88,10 +89,10 @@ inline SparseSums sparse_sums(const SparseRow& row, const Softmax& soft_q, doubl
       for (const Kept& k : kept) sum += std::exp(k.log_q - most);
       const double log_Q = most + std::log(sum);
       r.value += S * log_Q;
-      for (Kept& k : kept) k.delta = static_cast<float>(std::exp(k.log_q - log_Q) * S - k.t);
+      for (Kept& k : kept) k.delta = std::exp(k.log_q - log_Q) * S - k.t;
     }
   } else if (o.sparse_kind == TAIL_BUCKET) {
-    const double tail_t = tail > TAIL_FLOOR ? tail : TAIL_FLOOR, tail_q = 1.0 - Q > TAIL_FLOOR ? 1.0 - Q : TAIL_FLOOR;
+    const double tail_t = tail < TAIL_FLOOR ? TAIL_FLOOR : tail, tail_q = outside < TAIL_FLOOR ? TAIL_FLOOR : outside;
     r.entropy -= xlogx(tail);
     if (o.reverse) {
       const double rest = std::log(tail_q / tail_t);
@@ -99,11 +100,13 @@ inline SparseSums sparse_sums(const SparseRow& row, const Softmax& soft_q, doubl
       for (const Kept& k : kept)
         if (k.q > 0.0) r.value += k.q * (k.log_q - k.log_t);
       r.c = rest - r.value;
-      for (Kept& k : kept) k.delta = static_cast<float>(k.q > 0.0 ? k.q * (k.log_q - k.log_t - rest) : 0.0);
+      for (Kept& k : kept) k.delta = k.q > 0.0 ? k.q * (k.log_q - k.log_t - rest) : 0.0;
     } else {
       r.value += tail_t * std::log(tail_t / tail_q);
       r.c = 1.0 - tail_t / tail_q;
-      for (Kept& k : kept) k.delta = static_cast<float>(k.q * (tail_t / tail_q) - k.t);
+      // Of a repeated id, q counts once.
+      for (size_t i = 0; i < kept.size(); ++i)
+        kept[i].delta = (i > 0 && kept[i - 1].id == kept[i].id ? 0.0 : kept[i].q * (tail_t / tail_q)) - kept[i].t;
     }
   } else if (o.sparse_kind == TAIL_TO_LABEL) {
     const double log_q_label = soft_q.log_prob(row.z[row.label]);
@@ -122,9 +125,20 @@ inline SparseSums sparse_sums(const SparseRow& row, const Softmax& soft_q, doubl
     r.log_label = has_label ? r.log_label : std::log(each);
     r.c = S + each * static_cast<double>(others);
     r.b = -each;
-    for (Kept& k : kept) k.delta = static_cast<float>(each - k.t);
+    for (Kept& k : kept) k.delta = each - k.t;
   }
   return r;
+}
+
+// Sum of q over what is not kept, from the exponentials: one minus the kept sum would cancel where the student is sure.
+EFFKERN_INLINE double sum_outside(std::vector<Kept>& kept, Scratch& s, const Softmax& soft_q) {
+  for (Kept& k : kept) k.q = s.exp_q[k.id];
+  for (const Kept& k : kept) s.exp_q[k.id] = 0.0f;
+  double total = 0.0;
+  for (const auto& b : s.blocks)
+    total += static_cast<double>(block_sum(s.exp_q.data(), b.begin, b.end)) * soft_q.factor(b.max_z);
+  for (const Kept& k : kept) s.exp_q[k.id] = static_cast<float>(k.q);
+  return total;
 }
 
 template <bool Grad>
@@ -150,7 +164,8 @@ EFFKERN_INLINE RowStats sparse_row(const SparseRow& row, const RowOptions& o, Sc
   SparseSums sums;
   float slope = 0.0f;
   if (teacher) {
-    sums = sparse_sums(row, soft_q, sum_z, o);
+    const double outside = o.sparse_kind == TAIL_BUCKET ? sum_outside(*row.kept, s, soft_q) : 0.0;
+    sums = sparse_sums(row, soft_q, sum_z, outside, o);
     stats.divergence = o.divergence_scale * static_cast<float>(sums.value);
     stats.teacher_lse = static_cast<float>(sums.log_mass);
     stats.teacher_label_logprob = static_cast<float>(sums.log_label);
@@ -191,7 +206,14 @@ EFFKERN_INLINE RowStats sparse_row(const SparseRow& row, const RowOptions& o, Sc
   stats.entropy = static_cast<float>(-entropy);
   if constexpr (Grad) {
     if (mixed) {
-      for (const Kept& k : *row.kept) exp_q[k.id] += soft * k.delta;
+      // The slope of a kept entry in double: c q and its corrections may be large and cancel.
+      const std::vector<Kept>& kept = *row.kept;
+      for (size_t i = 0; i < kept.size();) {
+        const int64_t id = kept[i].id;
+        double slope_k = sums.c * kept[i].q + sums.b;
+        for (; i < kept.size() && kept[i].id == id; ++i) slope_k += kept[i].delta;
+        exp_q[id] = one * fast_exp(soft_1.log_prob(z[id])) + (constant - soft_b) + soft * static_cast<float>(slope_k);
+      }
       exp_q[row.label] += soft * static_cast<float>(sums.at_label);
     }
     exp_q[row.label] -= hard * (1.0f - o.label_smoothing);

@@ -122,10 +122,11 @@ EFFKERN_INLINE float row_max(const float* z, int64_t count) {
 EFFKERN_CLONES float exponentials(const float* z, int64_t vocab, double inv_temperature, double* exps, double* sums) {
   const float max = row_max(z, vocab);
   if (!std::isfinite(max)) return max;
-  const double origin = max * inv_temperature;
+  // The difference first: it is exact and never positive, whatever the temperature makes of it.
+  const double top = max;
   for (int64_t first = 0; first < vocab; first += kBlock) {
     const int64_t count = std::min<int64_t>(kBlock, vocab - first);
-    for (int64_t i = first; i < first + count; ++i) exps[i] = exp64(z[i] * inv_temperature - origin);
+    for (int64_t i = first; i < first + count; ++i) exps[i] = exp64((z[i] - top) * inv_temperature);
     sums[first / kBlock] = block_sum(exps + first, count);
   }
   return max;
@@ -180,7 +181,7 @@ int64_t draw(const Args& args, int64_t r, Scratch& s, double scale, int32_t* ids
   s.prefix.resize(blocks);
   double mass = 0;
   for (int64_t b = 0; b < blocks; ++b) s.prefix[b] = mass += s.sums[b];
-  if (!(mass > 0)) return 0;
+  if (!(mass > 0 && std::isfinite(mass))) return 0;
   sorted_uniforms(args.seed, args.positions[r], args.draws, s.uniforms);
 
   s.drawn.clear();
@@ -196,7 +197,7 @@ int64_t draw(const Args& args, int64_t r, Scratch& s, double scale, int32_t* ids
     }
   };
   for (int64_t block = 0; j < args.draws; ++block) {
-    while (s.prefix[block] <= s.uniforms[j] * mass) ++block;
+    while (block + 1 < blocks && s.prefix[block] <= s.uniforms[j] * mass) ++block;
     const int64_t end = std::min<int64_t>(args.vocab, (block + 1) * kBlock);
     double upto = block == 0 ? 0.0 : s.prefix[block - 1];
     int64_t last = -1;

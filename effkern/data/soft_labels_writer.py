@@ -154,7 +154,13 @@ class _Shard:
 
 def _prepare(path: Path, spec: LabelSpec, windows: NDArray[np.int64], overwrite: bool) -> None:
     """Check what is in the folder, then put the spec and the list of windows there."""
-    found = load_spec(path)
+    try:
+        found = load_spec(path)
+    except ValueError:
+        # What cannot even be read is no reason to keep it.
+        if not overwrite:
+            raise
+        found = None
     if found is None and any(entry.name != LOCK and not _own(entry.name) for entry in path.iterdir()):
         raise FileExistsError(f"soft labels: out must be empty or hold a soft-label cache, got other files in {path}")
     wrong = [] if found is None else found.differences(spec)

@@ -30,7 +30,8 @@ class LinearDistillLoss(nn.Module):
             `forward`.
 
     Raises:
-        TypeError, ValueError: an unknown option, or one that breaks its rule; said here, not at the first call.
+        TypeError, ValueError: an unknown option, or a number of the formula that breaks its rule; said here, not at the
+            first call.
     """
 
     OPTIONS = frozenset(
@@ -70,6 +71,10 @@ class LinearDistillLoss(nn.Module):
         Those of a teacher's logits, log-probabilities, hidden states, ids and confidences are flattened with them.
         Raises ValueError if a V-wide teacher cannot be flattened without a copy: shift the labels, not the logits.
         """
+        for name, x in (("labels", labels), ("omega", omega), ("weights", weights)):
+            _same_leading(name, x, 0, hidden)
+        for name, trailing in _TRAILING.items():
+            _same_leading(f"teacher.{name}", getattr(teacher, name, None), trailing, hidden)
         return linear_distill_loss(
             _flat_rows(hidden),
             weight,
@@ -89,6 +94,20 @@ class LinearDistillLoss(nn.Module):
     def extra_repr(self) -> str:
         pairs = {"temperature": self.temperature, "teacher_temperature": self.teacher_temperature, **self.options}
         return ", ".join(f"{name}={value!r}" for name, value in pairs.items())
+
+
+# Dimensions of a teacher's tensors after those of the tokens.
+_TRAILING = {"logits": 1, "hidden": 1, "ids": 1, "logprobs": 1, "lse": 0, "prob": 0}
+
+
+def _same_leading(name: str, x: Any, trailing: int, hidden: Tensor) -> None:
+    """Tokens that are spread over several dimensions must be so in the same way, or they would be paired wrongly."""
+    if not isinstance(x, Tensor) or not isinstance(hidden, Tensor):
+        return
+    leading = x.shape[: x.dim() - trailing]
+    if len(leading) > 1 and leading != hidden.shape[:-1]:
+        got, want = list(leading), list(hidden.shape[:-1])
+        raise ValueError(f"LinearDistillLoss: {name} must have the leading dimensions of hidden, {want}, got {got}")
 
 
 def _flat_teacher(teacher: Any) -> Any:

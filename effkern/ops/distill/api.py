@@ -103,13 +103,14 @@ def linear_distill_loss(
             part and gets a zero gradient. Student and teacher may be padded differently.
         reduction: "mean", "sum" or "none" (w_n L_n, [N]; its backward computes the logits again).
         denom: for "mean", the denominator: a number > 0 or a 0-d tensor, e.g. the token count of all accumulation
-            steps and ranks. None: sum of w_n over the rows that count. A zero denominator gives a zero loss. No
-            gradient.
+            steps and ranks (its value is not looked at). None: sum of w_n over the rows that count. A zero denominator
+            gives a zero loss. No gradient.
         num_kept: number of rows whose label is not `ignore_index`, if the caller knows it: on a GPU it allows to
             leave them out of the products without waiting for the device. On a CPU they always are left out.
-        weight_grad: float32 [V, D] (float64 for float64) or None. Given: the gradient of `weight` is added to it
-            during this call, backward returns none for `weight`, and the gradient of the loss must be 1 there.
-            Saves 4 V D bytes and a pass over them.
+        weight_grad: float32 [V, D] (float64 for float64) or None. Given: the gradient of `weight`, if it
+            requires one, is added to it during this call, backward returns none for `weight`, and the gradient of
+            the loss must be 1 there. Saves 4 V D bytes and a pass over them. Refused inside of a non-reentrant
+            activation checkpoint, which would run this call twice.
         check: look at every value of the teacher first, and say what is wrong. Without it, on a row that counts:
             NaN gives a row of NaN; ids out of range are empty slots, repeated ids add up, masses above 1 leave no
             tail, and a row without entries has the mass 0.

@@ -31,12 +31,16 @@ def compute_dtype_of(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _normalized(divergence: str, beta: float | None) -> tuple[str, float]:
-    """A JSD over beta (1 - beta), with its limits."""
-    assert beta is not None
-    if beta in (0, 1):
-        return ("forward_kl" if beta == 0 else "reverse_kl"), 1.0
-    return divergence, 1.0 / (beta * (1.0 - beta))
+def _at_an_end(divergence: str, alpha: float | None, beta: float | None) -> str:
+    """The forward or reverse KL that a mixture becomes where one of its terms has no weight.
+
+    A JSD gets here with beta 0 or 1 only if it is normalised: it tends to them.
+    """
+    ends: dict[tuple[str, float | None], str] = {
+        ("jsd", 0): "forward_kl", ("jsd", 1): "reverse_kl", ("symmetric_kl", 1): "forward_kl",
+        ("symmetric_kl", 0): "reverse_kl", ("skew_forward_kl", 0): "forward_kl", ("skew_reverse_kl", 0): "reverse_kl",
+    }  # fmt: skip
+    return ends.get((divergence, alpha if divergence.startswith("skew") else beta), divergence)
 
 
 class Settings(NamedTuple):
@@ -65,7 +69,10 @@ def settle(
     omega_N = torch.ones_like(weight_N) * (value.detach().to(dtype) if isinstance(value, Tensor) else value)
     source, kind, t_teacher = source_of(teacher, labels, divergence, teacher_temperature)
     t_student = float(temperature or 1.0)
-    name, scale = _normalized(divergence, beta) if normalize_jsd else (divergence, 1.0)
+    name, scale = _at_an_end(divergence, alpha, beta), 1.0
+    if name == "jsd" and normalize_jsd:
+        assert beta is not None
+        scale = 1.0 / (beta * (1.0 - beta))
     scale *= t_student**2 if t_squared else 1.0
     options = RowOptions(
         name, float(alpha or 0.0), float(beta or 0.0), scale, kind, t_student, t_teacher, float(label_smoothing),
@@ -98,7 +105,8 @@ def source_of(
     if isinstance(teacher, TeacherSimilarity):
         kind = "logits" if divergence == "decoupled_kl" else "logprobs"
         prob = () if teacher.prob is None else (teacher.prob.detach(),)
-        return Source("table", (teacher.table.detach(), *prob)), kind, t
+        # The table is tempered, but not the confidences.
+        return Source("table", (teacher.table.detach(), *prob), 1.0 / t), kind, 1.0
     dtype = compute_dtype_of(teacher.hidden)
     bias = () if teacher.bias is None else (teacher.bias.detach(),)
     tensors = (teacher.hidden.detach().to(dtype), teacher.weight.detach().to(dtype), *bias)

@@ -28,9 +28,13 @@ class LinearDistill(torch.autograd.Function):
                 *teacher):  # fmt: skip
         teacher = tuple(x for x in teacher if x is not None)
         late = reduction == "none"
+        if extras[-1] is not None and needs[1]:
+            refuse_checkpoint()
         compute_dtype = scalars[-3]
         # float16 gradients leave the row pass without 1 / denom, under which they could vanish.
-        inner = weight_N if compute_dtype == torch.float16 else weight_N * factor
+        # What goes into weight_grad now cannot be scaled later.
+        unscaled = compute_dtype == torch.float16 and extras[-1] is None
+        inner = weight_N if unscaled else weight_N * factor
         rows = (labels, inner, omega_N)
         now = (False, False, False) if late else needs
         stats, *grads = _call_op(hidden, weight, bias, rows, teacher, scalars, now, extras)
@@ -40,7 +44,7 @@ class LinearDistill(torch.autograd.Function):
         ctx.needs = needs if extras[-1] is None else (needs[0], False, needs[2])
         ctx.into = extras[-1] is not None and needs[1]
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        ctx.unscaled = compute_dtype == torch.float16
+        ctx.unscaled = unscaled
         ctx.traced = torch.compiler.is_compiling()
         ctx.kept = ctx.others = None
         if ctx.traced:
@@ -89,6 +93,14 @@ def _call_op(hidden, weight, bias, rows, teacher, scalars, needs, extras) -> Any
     return torch.ops.effkern.linear_distill_fwd(
         hidden, weight, bias, *rows, list(teacher), *scalars, list(needs), *extras
     )
+
+
+def refuse_checkpoint() -> None:
+    """A checkpoint that keeps its tensors by hooks runs forward twice, and weight_grad would be added to twice."""
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if hooks is not None and not torch.compiler.is_compiling() and hooks(False) is not None:
+        raise NotImplementedError(f"{OP}: weight_grad must be None inside of an activation checkpoint (use_reentrant="
+                                  "False) and other hooks on saved tensors, got a tensor")  # fmt: skip
 
 
 def check_unit(grad_loss: Tensor) -> None:

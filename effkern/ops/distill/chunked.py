@@ -110,7 +110,7 @@ def run(
     grad_dtype = dtype if any(needs) else None
     weight_VD = x.weight_VD[:vocab]
     bias_V = None if x.bias_V is None else x.bias_V[:vocab].to(acc).contiguous()
-    source = teachers.prepare(x.teacher, options.teacher_temperature)
+    source = teachers.prepare(x.teacher)
     num_rows = x.hidden_ND.shape[0] if index_M is None else index_M.shape[0]
     # Rows that do not count but are still there are cleared: 0 * inf would reach the weight gradient.
     clear = index_M is None and device.type != "cpu"

@@ -124,7 +124,10 @@ def _decoupled_kl(x: Pair, options: RowOptions) -> Tensor:
     q = torch.stack([split.q_y, log_q_rest.exp()], -1)
     binary = kl(p, q, torch.stack([log_p_y - log_q_y, log_p_rest - log_q_rest], -1))
     rest = split.rest
-    return options.alpha * binary + options.beta * kl(rest.p, rest.q, _log_ratio(rest.log_p, rest.log_q))
+    within = kl(rest.p, rest.q, _log_ratio(rest.log_p, rest.log_q))
+    # A weight of zero switches a term off, even where it is infinite.
+    terms = [weight * term for weight, term in ((options.alpha, binary), (options.beta, within)) if weight > 0]
+    return sum(terms, torch.zeros_like(binary))
 
 
 def _standardised(x: Tensor, centre: bool, norm: str) -> tuple[Tensor, Tensor]:

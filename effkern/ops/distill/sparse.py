@@ -15,7 +15,10 @@ from effkern.ops.distill.rows import TAIL_FLOOR, RowOptions
 
 
 class Kept(NamedTuple):
-    """A sparse target against the student; [R, K] but for `tail` [R]. Empty slots have t = q = 0."""
+    """A sparse target against the student, [R, K]; `tail` and `outside` [R] are what is left of t and of q.
+
+    Empty slots have t = q = 0.
+    """
 
     ids: Tensor
     filled: Tensor
@@ -25,6 +28,7 @@ class Kept(NamedTuple):
     q: Tensor
     is_label: Tensor
     tail: Tensor
+    outside: Tensor
 
 
 def gather(log_q: Tensor, ids: Tensor, logprobs: Tensor, y: Tensor, options: RowOptions) -> Kept:
@@ -39,7 +43,17 @@ def gather(log_q: Tensor, ids: Tensor, logprobs: Tensor, y: Tensor, options: Row
     t = log_t.exp()
     kept_log_q = torch.where(filled, log_q.gather(1, ids), -torch.inf)
     tail = (1 - t.sum(-1)).clamp_min(0)
-    return Kept(ids, filled, t, log_t, kept_log_q, kept_log_q.exp(), filled & (ids == y), tail)
+    outside = torch.zeros_like(tail)
+    if options.teacher == "tail_bucket":
+        # Not one minus the kept sum, which cancels where the student is sure.
+        outside = torch.where(is_kept(ids, filled, log_q.shape[1]), 0.0, log_q.exp()).sum(-1)
+    return Kept(ids, filled, t, log_t, kept_log_q, kept_log_q.exp(), filled & (ids == y), tail, outside)
+
+
+def is_kept(ids: Tensor, filled: Tensor, vocab: int) -> Tensor:
+    """Whether an entry of the vocabulary is kept, [R, V]."""
+    count = torch.zeros(ids.shape[0], vocab, dtype=torch.int32, device=ids.device)
+    return count.scatter_add_(1, ids, filled.to(torch.int32)) > 0
 
 
 def _dot(mass: Tensor, log_ratio: Tensor) -> Tensor:
@@ -56,7 +70,7 @@ def value(x: Kept, log_q: Tensor, y: Tensor, options: RowOptions) -> Tensor:
     kind = options.teacher
     if kind == "tail_bucket":
         tail = x.tail.clamp_min(TAIL_FLOOR)
-        tail_q = (1 - x.q.sum(-1)).clamp_min(TAIL_FLOOR)
+        tail_q = x.outside.clamp_min(TAIL_FLOOR)
         if options.divergence == "reverse_kl":
             return _dot(x.q, x.log_q - x.log_t) + tail_q * (tail_q / tail).log()
         return _dot(x.t, x.log_t - x.log_q) + tail * (tail / tail_q).log()
@@ -76,23 +90,33 @@ def value(x: Kept, log_q: Tensor, y: Tensor, options: RowOptions) -> Tensor:
     return base
 
 
-def slope(x: Kept, q: Tensor, y: Tensor, options: RowOptions) -> Tensor:
-    """dD / d(z / T), [R, V]: the derivative of `value` by hand."""
+class Coefficients(NamedTuple):
+    """dD / d(z / T) = factor q + constant, with `delta` added at the kept entries and `at_label` at the label.
+
+    [R, 1] but for `delta` [R, K].
+    """
+
+    factor: Tensor
+    constant: Tensor
+    delta: Tensor
+    at_label: Tensor
+
+
+def coefficients(x: Kept, vocab: int, options: RowOptions) -> Coefficients:
+    """The derivative of `value` by hand."""
     kind, mass = options.teacher, x.t.sum(-1, keepdim=True)
     tail = x.tail[:, None]
-    at_label = torch.zeros_like(tail)
-    constant = torch.zeros_like(tail)
+    at_label = constant = torch.zeros_like(tail)
     if kind == "tail_bucket":
-        ratio = tail.clamp_min(TAIL_FLOOR) / (1 - x.q.sum(-1, keepdim=True)).clamp_min(TAIL_FLOOR)
+        tail_q = x.outside[:, None].clamp_min(TAIL_FLOOR)
+        ratio = tail.clamp_min(TAIL_FLOOR) / tail_q
         if options.divergence == "reverse_kl":
             r = torch.where(x.q > 0, x.log_q - x.log_t, 0.0)
             r_tail = -ratio.log()
-            tail_q = (1 - x.q.sum(-1, keepdim=True)).clamp_min(TAIL_FLOOR)
             factor = r_tail - ((x.q * r).sum(-1, keepdim=True) + tail_q * r_tail)
             delta = x.q * (r - r_tail)
         else:
-            factor = 1 - ratio
-            delta = x.q * ratio - x.t
+            factor, delta = 1 - ratio, x.q * ratio - x.t
     elif kind == "both_renormalized":
         factor = torch.zeros_like(mass)
         delta = torch.where(x.filled, torch.softmax(x.log_q, -1), 0.0) * mass - x.t
@@ -100,13 +124,22 @@ def slope(x: Kept, q: Tensor, y: Tensor, options: RowOptions) -> Tensor:
     elif kind == "tail_to_label":
         factor, delta, at_label = mass + tail, -x.t, -tail
     elif kind == "uniform_tail":
-        others = q.shape[1] - x.filled.sum(-1, keepdim=True)
+        others = vocab - x.filled.sum(-1, keepdim=True)
         each = torch.where(others > 0, tail / others.clamp_min(1), 0.0)
         factor, delta, constant = mass + each * others, each - x.t, -each
     else:
         factor, delta = mass, -x.t
-    delta = torch.where(x.filled, delta, 0.0)
-    return (factor * q + constant).scatter_add(1, x.ids, delta).scatter_add(1, y, at_label)
+    return Coefficients(factor, constant, torch.where(x.filled, delta, 0.0), at_label)
+
+
+def slope(x: Kept, q: Tensor, y: Tensor, options: RowOptions) -> Tensor:
+    """dD / d(z / T), [R, V]."""
+    c = coefficients(x, q.shape[1], options)
+    dense, delta = c.factor * q + c.constant, c.delta
+    if options.teacher == "tail_bucket" and options.divergence == "forward_kl":
+        # q - t at the kept entries as it stands: where the student is sure, factor q and delta are large and cancel.
+        dense, delta = torch.where(is_kept(x.ids, x.filled, q.shape[1]), q, dense), torch.where(x.filled, -x.t, 0.0)
+    return dense.scatter_add(1, x.ids, delta).scatter_add(1, y, c.at_label)
 
 
 def label_log_target(x: Kept, vocab: int, options: RowOptions) -> Tensor:

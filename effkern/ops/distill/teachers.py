@@ -18,7 +18,8 @@ class Source(NamedTuple):
     """A teacher as the op takes it: tensors, and what they are.
 
     "none": nothing; "rows": logits or log-probabilities [N, Vt]; "hidden": hidden states, weight and perhaps bias;
-    "sparse": ids and log-probabilities [N, K]; "table": logits [V, V] by label, and perhaps confidences [N].
+    "sparse": ids and log-probabilities [N, K]; "table": logits [V, V] by label, which `logit_scale` tempers, and
+    perhaps confidences [N].
     """
 
     kind: str
@@ -35,12 +36,12 @@ class TeacherRows(NamedTuple):
     logprobs_CK: Tensor | None = None
 
 
-def prepare(source: Source, teacher_temperature: float) -> Source:
+def prepare(source: Source) -> Source:
     """The source with what its chunks share already computed: the log-probabilities of a table."""
     if source.kind != "table":
         return source
     table, *prob = source.tensors
-    log_table = table.to(torch.promote_types(table.dtype, torch.float32)) / teacher_temperature
+    log_table = table.to(torch.promote_types(table.dtype, torch.float32)) * source.logit_scale
     if prob:
         # The label's own entry comes from the confidence; the rest of the row is normalised without it.
         log_table = log_table.clone()

@@ -90,8 +90,8 @@ class TeacherTopK:
 
     @classmethod
     def from_counts(cls, ids: Tensor, counts: Tensor, draws: int | Tensor) -> "TeacherTopK":
-        """Labels sampled with replacement: t = counts / draws; a count of 0 is an empty slot."""
-        share = counts.float() / draws
+        """Labels sampled with replacement: t = counts / draws; a count of 0 is an empty slot. `draws` may be [N]."""
+        share = counts.float() / (draws[:, None] if isinstance(draws, Tensor) and draws.dim() == 1 else draws)
         return cls(torch.where(counts > 0, ids, -1), share.log(), "sampled")
 
     @classmethod

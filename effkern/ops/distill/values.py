@@ -41,7 +41,7 @@ def check_teacher(source: Source, options: RowOptions, labels: Tensor, vocab: in
     kept_N = labels != options.ignore_index
     if source.kind == "sparse":
         ids, logprobs = source.tensors
-        _check_sparse(ids, logprobs, kept_N, vocab)
+        _check_sparse(ids, logprobs, kept_N, vocab, options.teacher)
     elif source.kind == "table":
         _check_finite("teacher.table", source.tensors[0])
         for prob in source.tensors[1:]:
@@ -71,7 +71,7 @@ def _check_dense(rows_NV: Tensor, kept_N: Tensor, logprobs: bool, vocab: int) ->
             _require(most > -torch.inf, name, "have a finite entry in every row", most)
 
 
-def _check_sparse(ids: Tensor, logprobs: Tensor, kept_N: Tensor, vocab: int) -> None:
+def _check_sparse(ids: Tensor, logprobs: Tensor, kept_N: Tensor, vocab: int, kind: str) -> None:
     ids = torch.where(kept_N[:, None], ids, -1)
     filled = ids != -1
     in_range = ((ids >= 0) & (ids < vocab)) | ~filled
@@ -86,5 +86,7 @@ def _check_sparse(ids: Tensor, logprobs: Tensor, kept_N: Tensor, vocab: int) -> 
     ok = values <= 1e-3
     _require(ok, "teacher.logprobs", "be logarithms of masses of at most 1", values)
     mass = torch.where(filled, logprobs.float(), -torch.inf).exp().sum(-1)
-    fits = (mass <= MASS) & (mass > 0) | ~kept_N
+    # Where the rest gets what the kept entries leave, they may leave everything.
+    some_mass = (mass > 0) | (kind in ("tail_bucket", "tail_to_label", "uniform_tail"))
+    fits = (mass <= MASS) & some_mass | ~kept_N
     _require(fits, "teacher.logprobs", "have a mass above 0 and at most 1", mass)

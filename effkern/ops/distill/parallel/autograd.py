@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from effkern.ops.distill import chunked, gemm
-from effkern.ops.distill.autograd import apply_scale, check_unit, version_of
+from effkern.ops.distill.autograd import apply_scale, check_unit, refuse_checkpoint, version_of
 from effkern.ops.distill.parallel import chunks
 from effkern.ops.distill.parallel.agree import OP
 from effkern.ops.distill.parallel.chunks import Layout, Reductions
@@ -64,7 +64,10 @@ class ParallelDistill(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
         # float16 gradients leave the row pass without 1 / denom, under which they could vanish.
-        ctx.unscaled = call.compute_dtype == torch.float16
+        # What goes into weight_grad now cannot be scaled later.
+        ctx.unscaled = call.compute_dtype == torch.float16 and call.weight_grad is None
+        if call.weight_grad is not None and call.needs[1]:
+            refuse_checkpoint()
         ctx.inner = call.weight_N if ctx.unscaled else call.weight_N * call.factor
         now = (False, False, False) if call.late else call.needs
         stats, grads = _execute(call, (hidden, weight, bias), ctx.inner, now, True)

@@ -143,7 +143,7 @@ def run(
     need_hidden, need_weight, need_bias = needs
     weight_vD = x.weight_VD[:v]
     bias_v = None if x.bias_V is None else x.bias_V[:v].to(acc)
-    source = teachers.prepare(x.teacher, options.teacher_temperature)
+    source = teachers.prepare(x.teacher)
     index_M = chunked.kept_rows(x.labels_N, options.ignore_index, num_kept)
     num_rows = hidden_ND.shape[0] if index_M is None else index_M.shape[0]
     clear = index_M is None and device.type != "cpu"

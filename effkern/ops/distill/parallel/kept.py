@@ -30,7 +30,7 @@ def target(x: Slice, log_q_RK: Tensor, options: RowOptions) -> Kept:
     # The K entries are a vocabulary of their own here; ids come back afterwards.
     places = torch.where(filled, torch.arange(filled.shape[1], device=filled.device), -1)
     own = sparse.gather(log_q_RK, places, x.logprobs_RK, x.label_R1, options)
-    return own._replace(ids=x.ids_RK, is_label=filled & (x.ids_RK == x.label_R1))
+    return own._replace(ids=x.ids_RK, is_label=filled & (x.ids_RK == x.label_R1), outside=1 - own.q.sum(-1))
 
 
 def _others(x: Slice, kept: Kept) -> tuple[Tensor, Tensor]:
@@ -40,23 +40,10 @@ def _others(x: Slice, kept: Kept) -> tuple[Tensor, Tensor]:
 
 
 def slope(x: Slice, kept: Kept, q_Rv: Tensor, options: RowOptions) -> Tensor:
-    """dD / d(z / T) on this slice, [R, v] = factor q + constant, and corrections at kept entries and label."""
-    num_kept = kept.t.shape[1]
-    if options.teacher == "uniform_tail":
-        others, each = (column[:, None] for column in _others(x, kept))
-        factor, constant = kept.t.sum(-1, keepdim=True) + each * others, -each
-        delta, at_y = torch.where(kept.filled, each - kept.t, 0.0), None
-    else:
-        # All the other kinds leave the constant at zero, and do not look at V: a row that holds the K entries, the
-        # label, and one more entry with q = 1, tells corrections and factor.
-        probe = torch.zeros_like(kept.t[:, :1]).repeat(1, num_kept + 2)
-        probe[:, -1] = 1.0
-        places = torch.arange(num_kept, device=probe.device).expand_as(kept.ids)
-        y = torch.full_like(x.y_R1, num_kept)
-        delta, at_y, factor = sparse.slope(kept._replace(ids=places), probe, y, options).split([num_kept, 1, 1], 1)
-        constant = torch.zeros_like(factor)
-    result = add_at(factor * q_Rv + constant, kept.ids - x.start, _here(x, kept.ids), delta)
-    return result if at_y is None else add_at(result, x.y_R1, x.own_R[:, None], at_y)
+    """dD / d(z / T) on this slice, [R, v]."""
+    c = sparse.coefficients(kept, x.vocab, options)
+    result = add_at(c.factor * q_Rv + c.constant, kept.ids - x.start, _here(x, kept.ids), c.delta)
+    return add_at(result, x.y_R1, x.own_R[:, None], c.at_label)
 
 
 def share(x: Slice, kept: Kept, log_q_Rv: Tensor, options: RowOptions) -> Tensor:
