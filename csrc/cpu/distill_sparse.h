@@ -104,9 +104,7 @@ inline SparseSums sparse_sums(const SparseRow& row, const Softmax& soft_q, doubl
     } else {
       r.value += tail_t * std::log(tail_t / tail_q);
       r.c = 1.0 - tail_t / tail_q;
-      // Of a repeated id, q counts once.
-      for (size_t i = 0; i < kept.size(); ++i)
-        kept[i].delta = (i > 0 && kept[i - 1].id == kept[i].id ? 0.0 : kept[i].q * (tail_t / tail_q)) - kept[i].t;
+      for (Kept& k : kept) k.delta = k.q * (tail_t / tail_q) - k.t;
     }
   } else if (o.sparse_kind == TAIL_TO_LABEL) {
     const double log_q_label = soft_q.log_prob(row.z[row.label]);
@@ -131,13 +129,16 @@ inline SparseSums sparse_sums(const SparseRow& row, const Softmax& soft_q, doubl
 }
 
 // Sum of q over what is not kept, from the exponentials: one minus the kept sum would cancel where the student is sure.
-EFFKERN_INLINE double sum_outside(std::vector<Kept>& kept, Scratch& s, const Softmax& soft_q) {
+EFFKERN_INLINE double sum_outside(std::vector<Kept>& kept, const float* z, Scratch& s, const Softmax& soft_q) {
   for (Kept& k : kept) k.q = s.exp_q[k.id];
   for (const Kept& k : kept) s.exp_q[k.id] = 0.0f;
   double total = 0.0;
   for (const auto& b : s.blocks)
     total += static_cast<double>(block_sum(s.exp_q.data(), b.begin, b.end)) * soft_q.factor(b.max_z);
   for (const Kept& k : kept) s.exp_q[k.id] = static_cast<float>(k.q);
+  // An id that stands twice counts twice among the kept ones.
+  for (size_t i = 1; i < kept.size(); ++i)
+    if (kept[i].id == kept[i - 1].id) total -= std::exp(static_cast<double>(soft_q.log_prob(z[kept[i].id])));
   return total;
 }
 
@@ -164,7 +165,7 @@ EFFKERN_INLINE RowStats sparse_row(const SparseRow& row, const RowOptions& o, Sc
   SparseSums sums;
   float slope = 0.0f;
   if (teacher) {
-    const double outside = o.sparse_kind == TAIL_BUCKET ? sum_outside(*row.kept, s, soft_q) : 0.0;
+    const double outside = o.sparse_kind == TAIL_BUCKET ? sum_outside(*row.kept, z, s, soft_q) : 0.0;
     sums = sparse_sums(row, soft_q, sum_z, outside, o);
     stats.divergence = o.divergence_scale * static_cast<float>(sums.value);
     stats.teacher_lse = static_cast<float>(sums.log_mass);

@@ -46,14 +46,14 @@ def gather(log_q: Tensor, ids: Tensor, logprobs: Tensor, y: Tensor, options: Row
     outside = torch.zeros_like(tail)
     if options.teacher == "tail_bucket":
         # Not one minus the kept sum, which cancels where the student is sure.
-        outside = torch.where(is_kept(ids, filled, log_q.shape[1]), 0.0, log_q.exp()).sum(-1)
+        outside = ((1 - times_kept(ids, filled, log_q.shape[1])) * log_q.exp()).sum(-1)
     return Kept(ids, filled, t, log_t, kept_log_q, kept_log_q.exp(), filled & (ids == y), tail, outside)
 
 
-def is_kept(ids: Tensor, filled: Tensor, vocab: int) -> Tensor:
-    """Whether an entry of the vocabulary is kept, [R, V]."""
+def times_kept(ids: Tensor, filled: Tensor, vocab: int) -> Tensor:
+    """In how many slots an entry of the vocabulary stands, [R, V]."""
     count = torch.zeros(ids.shape[0], vocab, dtype=torch.int32, device=ids.device)
-    return count.scatter_add_(1, ids, filled.to(torch.int32)) > 0
+    return count.scatter_add_(1, ids, filled.to(torch.int32))
 
 
 def _dot(mass: Tensor, log_ratio: Tensor) -> Tensor:
@@ -138,7 +138,9 @@ def slope(x: Kept, q: Tensor, y: Tensor, options: RowOptions) -> Tensor:
     dense, delta = c.factor * q + c.constant, c.delta
     if options.teacher == "tail_bucket" and options.divergence == "forward_kl":
         # q - t at the kept entries as it stands: where the student is sure, factor q and delta are large and cancel.
-        dense, delta = torch.where(is_kept(x.ids, x.filled, q.shape[1]), q, dense), torch.where(x.filled, -x.t, 0.0)
+        times = times_kept(x.ids, x.filled, q.shape[1])
+        dense = torch.where(times > 0, q + (times - 1) * (1 - c.factor) * q, dense)
+        delta = torch.where(x.filled, -x.t, 0.0)
     return dense.scatter_add(1, x.ids, delta).scatter_add(1, y, c.at_label)
 
 
