@@ -3,7 +3,8 @@
     C rows of a chunk, V vocabulary, D hidden size
 
 Logits are always accumulated and stored in float32 (float64 for float64 inputs). CUDA libraries write float32
-from half-precision inputs; CPU libraries do not, so there the weight is widened one vocabulary tile at a time.
+from half-precision inputs. CPU libraries do not: there bfloat16 has kernels of our own where the CPU multiplies it, and
+otherwise the operands are widened one vocabulary tile at a time.
 """
 
 from functools import cache
@@ -11,7 +12,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# Columns of logits per torch.mm on the CPU: a tile of the weight and of the logits stay in cache, which is worth 15%
+from effkern.ops.distill import gemm_schema
+
+# Columns of logits per product on the CPU: a tile of the weight and of the logits stay in cache, which is worth 15%
 # over one wide product at 256 rows (python -m benchmarks.ops.distill --tiles), and only a tile is ever widened.
 CPU_TILE = 2000
 
@@ -35,6 +38,27 @@ def uses_onednn(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32 and _onednn_available()
 
 
+def uses_bf16_kernel(out: Tensor, *operands: Tensor) -> bool:
+    """Whether a product goes to effkern._C, which writes float32 in the time that torch.mm takes for bfloat16.
+
+    A float32 product over widened tiles takes twice as long (python -m benchmarks.ops.gemm_bf16).
+    """
+    return (
+        out.device.type == "cpu"
+        and out.dtype == torch.float32
+        and all(x.dtype == torch.bfloat16 for x in operands)
+        and all(x.stride(1) == 1 or x.shape[1] <= 1 for x in (out, *operands))
+        and gemm_schema.bf16_gemm()
+    )
+
+
+def must_widen(x: Tensor) -> bool:
+    """Whether torch.mm has no fast kernel for this type here: in float16 it then takes 100 times as long."""
+    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return not _onednn_supports(x.dtype)
+
+
 def writes_into_buffer(x: Tensor) -> bool:
     """Whether `logits` of `x` can use a former result's memory."""
     return not uses_onednn(x)
@@ -43,6 +67,12 @@ def writes_into_buffer(x: Tensor) -> bool:
 @cache
 def _onednn_available() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@cache
+def _onednn_supports(dtype: torch.dtype) -> bool:
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    return _onednn_available() and getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
 
 
 def _onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -64,10 +94,19 @@ def logits(hidden_CD: Tensor, weight_VD: Tensor, buffer_CV: Tensor | None) -> Te
         else:
             torch.mm(hidden_CD, weight_VD.t(), out_dtype=acc, out=out_CV)
         return out_CV
+    if hidden_CD.dtype != acc:
+        hidden_CD = hidden_CD.contiguous()
+    if uses_bf16_kernel(out_CV, hidden_CD, weight_VD):
+        torch.ops.effkern.bf16_mm_nt_(out_CV, hidden_CD, weight_VD)
+        return out_CV
     hidden_CD = hidden_CD.to(acc)
     for v in range(0, out_CV.shape[1], CPU_TILE):
-        tile = weight_VD[v : v + CPU_TILE].to(acc)
-        torch.mm(hidden_CD, tile.t(), out=out_CV[:, v : v + CPU_TILE])
+        tile_CV, tile_VD = out_CV[:, v : v + CPU_TILE], weight_VD[v : v + CPU_TILE].to(acc)
+        if uses_onednn(tile_VD):
+            # Even with the copy 1.1 to 1.3 times as fast as torch.mm into the buffer.
+            tile_CV.copy_(_onednn_linear(hidden_CD, tile_VD))
+        else:
+            torch.mm(hidden_CD, tile_VD.t(), out=tile_CV)
     return out_CV
 
 
@@ -75,6 +114,12 @@ def hidden_grad(grad_CV: Tensor, weight_VD: Tensor, out_CD: Tensor) -> None:
     """out = grad weight, rounded once."""
     if uses_onednn(grad_CV):
         out_CD.copy_(_onednn_linear(grad_CV, weight_VD.t()))
+    elif must_widen(grad_CV):
+        acc = accumulator_dtype(grad_CV.dtype)
+        total_CD = torch.zeros(out_CD.shape, dtype=acc)
+        for v in range(0, weight_VD.shape[0], CPU_TILE):
+            total_CD.addmm_(grad_CV[:, v : v + CPU_TILE].to(acc), weight_VD[v : v + CPU_TILE].to(acc))
+        out_CD.copy_(total_CD)
     else:
         torch.mm(grad_CV, weight_VD, out=out_CD)
 
@@ -82,10 +127,12 @@ def hidden_grad(grad_CV: Tensor, weight_VD: Tensor, out_CD: Tensor) -> None:
 def add_weight_grad(total_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor, first: bool) -> None:
     """total (+)= grad^T hidden; unread if `first`. `total` is float32 (float64), or in the type of the inputs.
 
-    On a CPU the product of one chunk is rounded to the inputs' type before it is added to a float32 total.
+    Only on a CPU whose bfloat16 products are the library's is the product of one chunk rounded to bfloat16 before it is
+    added to a float32 total.
     """
     acc = total_VD.dtype
-    if hidden_CD.dtype == acc:
+    wide = accumulator_dtype(hidden_CD.dtype) if must_widen(hidden_CD) else hidden_CD.dtype
+    if hidden_CD.dtype == wide == acc:
         if first:
             torch.mm(grad_CV.t(), hidden_CD, out=total_VD)
         else:
@@ -95,9 +142,12 @@ def add_weight_grad(total_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor, first:
             torch.mm(grad_CV.t(), hidden_CD, out_dtype=acc, out=total_VD)
         else:
             torch.addmm(total_VD, grad_CV.t(), hidden_CD, out_dtype=acc, out=total_VD)
+    elif uses_bf16_kernel(total_VD, grad_CV, hidden_CD):
+        torch.ops.effkern.bf16_add_tn_(total_VD, grad_CV, hidden_CD, first)
     else:
+        hidden_CD = hidden_CD.to(wide)
         for v in range(0, total_VD.shape[0], CPU_TILE):
-            part = torch.mm(grad_CV[:, v : v + CPU_TILE].t(), hidden_CD)
+            part = torch.mm(grad_CV[:, v : v + CPU_TILE].to(wide).t(), hidden_CD)
             rows = total_VD[v : v + CPU_TILE]
             rows.copy_(part) if first else rows.add_(part)
 
