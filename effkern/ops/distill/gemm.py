@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from effkern.ops.distill import gemm_schema
+from effkern.ops.distill import gemm_schema, huge_pages
 
 # Columns of logits per product on the CPU: a tile of the weight and of the logits stay in cache, which is worth 15%
 # over one wide product at 256 rows (python -m benchmarks.ops.distill --tiles), and only a tile is ever widened.
@@ -86,7 +86,7 @@ def logits(hidden_CD: Tensor, weight_VD: Tensor, buffer_CV: Tensor | None) -> Te
         return _onednn_linear(hidden_CD, weight_VD)
     acc = accumulator_dtype(hidden_CD.dtype)
     if buffer_CV is None:
-        buffer_CV = torch.empty(hidden_CD.shape[0], weight_VD.shape[0], dtype=acc, device=hidden_CD.device)
+        buffer_CV = huge_pages.empty((hidden_CD.shape[0], weight_VD.shape[0]), acc, hidden_CD.device)
     out_CV = buffer_CV[: hidden_CD.shape[0]]
     if hidden_CD.is_cuda:
         if hidden_CD.dtype == acc:
