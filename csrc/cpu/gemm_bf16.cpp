@@ -156,7 +156,7 @@ void bf16_mm_nt(Tensor out, const Tensor& a, const Tensor& b) {
 #endif
 }
 
-void bf16_add_tn(Tensor total, const Tensor& g, const Tensor& h, bool first) {
+void bf16_add_tn(Tensor total, const Tensor& g, const Tensor& h, [[maybe_unused]] bool first) {
   STD_TORCH_CHECK(bf16_gemm(), "bf16_add_tn_: this CPU has no AVX512-BF16");
   STD_TORCH_CHECK(g.dim() == 2 && is_matrix(g, ScalarType::BFloat16, g.size(0), g.size(1)) && h.dim() == 2 &&
                       is_matrix(h, ScalarType::BFloat16, g.size(0), h.size(1)),
