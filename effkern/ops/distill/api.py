@@ -140,8 +140,8 @@ def linear_distill_loss(
     (impl="reference": some fifteen chunk buffers; "triton" with half-precision inputs: one more of that type). The
     gradients are computed in the forward pass and kept until backward, also inside an activation checkpoint; they
     take 4 V D bytes for `weight` until rounded to its type. With gradients disabled there is none of this.
-    On a CPU a chunk's product for the weight gradient is rounded to bfloat16, if that is the inputs' type, before it
-    is added in float32. Deterministic on a CPU for a given number of threads.
+    On a CPU that does not multiply bfloat16 (AVX512-BF16) a chunk's product for the weight gradient is rounded to
+    bfloat16, if that is the inputs' type, before it is added in float32. Deterministic on a CPU for a given number of threads.
     Source: Rawat et al., arXiv 2410.18779, section 2 (mixed loss); chunking and row passes are our own.
     """
     checks.check_options(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from effkern.ops.distill import ceilings, cost, gemm, teachers
+from effkern.ops.distill import ceilings, cost, gemm, huge_pages, teachers
 from effkern.ops.distill.reference import reference_rows
 from effkern.ops.distill.rows import RowOptions, Rows
 from effkern.ops.distill.teachers import Source
@@ -123,7 +123,7 @@ def run(
     if need_weight and x.weight_grad_VD is None:
         # One chunk has nothing to accumulate: its product is rounded once, to the type in which it leaves.
         single = step >= num_rows and x.weight_grad_dtype == dtype
-        grad_weight = torch.empty(x.weight_VD.shape, dtype=dtype if single else acc, device=device)
+        grad_weight = huge_pages.empty(x.weight_VD.shape, dtype if single else acc, device)
         grad_weight[vocab if num_rows else 0 :] = 0
     if need_bias:
         grad_bias = torch.zeros(x.weight_VD.shape[0], dtype=acc, device=device)
