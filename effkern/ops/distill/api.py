@@ -141,7 +141,8 @@ def linear_distill_loss(
     gradients are computed in the forward pass and kept until backward, also inside an activation checkpoint; they
     take 4 V D bytes for `weight` until rounded to its type. With gradients disabled there is none of this.
     On a CPU that does not multiply bfloat16 (AVX512-BF16) a chunk's product for the weight gradient is rounded to
-    bfloat16, if that is the inputs' type, before it is added in float32. Deterministic on a CPU for a given number of threads.
+    bfloat16, if that is the inputs' type, before it is added in float32.
+    Deterministic on a CPU for a given number of threads.
     Source: Rawat et al., arXiv 2410.18779, section 2 (mixed loss); chunking and row passes are our own.
     """
     checks.check_options(
