@@ -66,13 +66,13 @@ def write_soft_labels(
             batches that start at the same windows whether or not an earlier call was interrupted; returns the labels
             of their B * seq_len tokens.
         batch_windows: windows a call.
-        overwrite: throw away a cache in `out` that was made from another spec.
+        overwrite: throw away a cache in `out` that was made from another spec, and what is damaged of this one.
         progress: called with (windows done, windows in all).
         stop: asked after every batch; True ends the call, and the shard begun is made again next time.
 
     Raises:
         ValueError: `out` holds a cache of another spec and `overwrite` is False (every difference is named); a label
-            is not finite; a finished shard was changed.
+            is not finite; a finished shard was changed, or the spec cannot be read, and `overwrite` is False.
         FileExistsError: `out` holds other files.
         OSError: the disk is full or fails. Finished shards stay, and nothing half-written does.
         RuntimeError: another process is writing to `out`.
@@ -85,8 +85,9 @@ def write_soft_labels(
         kept = made = done = 0
         for number in range(spec.num_shards):
             first, size = number * spec.shard_windows, spec.shard_size(number)
-            if (path / shard_name(number)).exists():
-                shards.append(check_content(path / shard_name(number), spec, number))
+            finished = _finished(path, spec, number, overwrite)
+            if finished is not None:
+                shards.append(finished)
                 kept += 1
                 done += size
                 _report(progress, done, spec)
@@ -105,6 +106,21 @@ def write_soft_labels(
         manifest = LabelManifest(spec, tuple(shards))
         _write(path, MANIFEST, manifest.to_json().encode())
         return WriteResult(manifest, kept, made)
+
+
+def _finished(path: Path, spec: LabelSpec, number: int, overwrite: bool) -> LabelShard | None:
+    """A shard that is there and whole. A damaged one raises, or goes if what is there may be thrown away."""
+    file = path / shard_name(number)
+    if not file.exists():
+        return None
+    try:
+        return check_content(file, spec, number)
+    except ValueError as error:
+        if not overwrite:
+            raise ValueError(f"{error} (overwrite writes it again)") from error
+    for name in (MANIFEST, shard_name(number)):
+        (path / name).unlink(missing_ok=True)
+    return None
 
 
 def _report(progress: Progress | None, done: int, spec: LabelSpec) -> None:

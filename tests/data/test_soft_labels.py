@@ -188,6 +188,19 @@ def test_damage_is_found_and_named(dataset, cache, tmp_path):
         SoftLabelCache(cache.path)
 
 
+@pytest.mark.parametrize("name", [shard_name(1), "spec.json"])
+def test_damage_is_repaired_on_request(dataset, cache, name):
+    windows, label = all_windows(dataset), Labeller(dataset.vocab_size)
+    whole = (cache.path / shard_name(1)).read_bytes()
+    (cache.path / name).write_bytes(b"not what it was")
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        write_soft_labels(cache.path, dataset, cache.spec, windows, label, batch_windows=4)
+    assert label.calls == 0
+    write_soft_labels(cache.path, dataset, cache.spec, windows, label, batch_windows=4, overwrite=True)
+    assert (cache.path / shard_name(1)).read_bytes() == whole
+    assert SoftLabelCache(cache.path, verify=True).hash == cache.hash
+
+
 def test_a_shard_of_another_cache_is_none_of_this(dataset, cache, tmp_path):
     other = make(dataset, tmp_path / "other", seed=1)
     shutil.copy(other.path / shard_name(0), cache.path / shard_name(0))
