@@ -175,8 +175,9 @@ struct LogitLoss : Divergence {
   }
   // z and u are divided by their size, whose squares are these; 0 stays 0.
   void divide(const RowFacts& r, double zz, double uu) {
-    a = zz > 0.0 ? static_cast<float>(1.0 / std::sqrt(zz)) : 0.0f;
-    b = uu > 0.0 ? static_cast<float>(1.0 / std::sqrt(uu)) : 0.0f;
+    // nan stays nan.
+    a = static_cast<float>(zz > 0.0 ? 1.0 / std::sqrt(zz) : zz);
+    b = static_cast<float>(uu > 0.0 ? 1.0 / std::sqrt(uu) : uu);
     const double length = std::sqrt(r.zz) * std::sqrt(r.uu);
     along = static_cast<float>(1.0 - (length > 0.0 ? r.zu / length : 0.0));
     slope *= a;
