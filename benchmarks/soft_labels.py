@@ -2,7 +2,8 @@
 
     python -m benchmarks.soft_labels [--vocab 4096] [--tokens 65536] [--out FILE.json]
 
-The teacher has the shape of the demo's and random weights, whose rows are as peaked as those of a trained model.
+The teacher has the shape of the demo's and random weights, made so that its rows are peaked. How peaked decides on
+the bytes of sampled labels: benchmarks.sampled_kd has those of a trained teacher.
 "write" is labels in memory to a finished shard on disk (pack, hash, fsync), "read" is a batch of 16 random windows from
 the memory map, "label" is soft_labels of hidden states, "teacher" the model's forward pass without its output layer.
 Reading is checked against what was written before anything is timed.

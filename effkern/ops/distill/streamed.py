@@ -147,7 +147,7 @@ def run(
         if sum_MD is not None:
             _add_product(sum_MD, grad_MB, x.weight_VD[part], first=v == 0)
         if total_VD is not None:
-            _add_product(total_VD[part], grad_MB.t(), weighed_MD, first=x.weight_grad_VD is None)
+            gemm.add_weight_grad(total_VD[part], grad_MB, weighed_MD, first=x.weight_grad_VD is None)
         if grad_bias is not None:
             gemm.add_bias_grad(grad_bias[part], grad_MB)
     shares[chunks.AGREEMENT].clamp_(max=1)
