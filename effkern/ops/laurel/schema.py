@@ -1,0 +1,123 @@
+"""Operators of the residual: laurel_fwd and laurel_bwd, whose kernel is the driver, and the C++ passes it calls."""
+
+import torch
+from torch import Tensor
+
+from effkern.ops import registry
+from effkern.ops.laurel import driver
+from effkern.ops.laurel.rows import Passes
+
+_library = torch.library.Library("effkern", "FRAGMENT")
+
+# The fields of driver.Problem, in its order.
+_PROBLEM = (
+    "Tensor x, Tensor? weights, Tensor? down, Tensor? up, Tensor? past, Tensor? low_rank_weight, Tensor[] addends, "
+    "Tensor? coefficients, Tensor? norm_weight, str scalar_map, float scale, float low_rank_eps, float norm_eps"
+)
+_library.define(
+    f"laurel_fwd(Tensor branch, {_PROBLEM}, str impl) -> (Tensor y, Tensor normed, Tensor own, Tensor rstd)"
+)
+_library.define(
+    f"laurel_bwd(Tensor? branch, {_PROBLEM}, str impl, Tensor? y, Tensor? own, Tensor? rstd, Tensor? grad_y, "
+    "Tensor? grad_normed, Tensor? grad_own) -> (Tensor branch, Tensor x, Tensor weights, Tensor down, Tensor up, "
+    "Tensor past, Tensor low_rank_weight, Tensor coefficients, Tensor norm_weight, Tensor[] addends)"
+)
+_library.define(
+    "laurel_forward_rows_(Tensor branch, Tensor x, Tensor? low_rank, Tensor[] addends, Tensor alpha, Tensor beta, "
+    "Tensor? coefficients, Tensor? norm_weight, float norm_eps, Tensor(a!) y, Tensor(b!)? normed, Tensor(c!)? rstd) "
+    "-> ()"
+)
+_library.define(
+    "laurel_backward_rows_(Tensor? grad_y, Tensor? grad_normed, Tensor x, Tensor? y, Tensor? branch, Tensor? rstd, "
+    "Tensor[] addends, Tensor alpha, Tensor? coefficients, Tensor? norm_weight, Tensor(a!) g, Tensor(b!)? rounded, "
+    "Tensor(c!)? grad_branch, Tensor(d!)[] grad_addends, Tensor(e!)? sums, Tensor(f!)? grad_norm_weight) -> ()"
+)
+_library.define("laurel_grad_x_(Tensor g, Tensor? low_rank, Tensor beta, Tensor(a!) out) -> ()")
+
+
+def _passes(impl: str) -> Passes:
+    if impl == "cpp":
+        from effkern.ops.laurel.cpp import PASSES
+    else:
+        from effkern.ops.laurel.reference import PASSES
+    return PASSES
+
+
+def _given(x: Tensor, *optional: Tensor | None) -> list[Tensor]:
+    """An empty tensor of its own for each that is missing: an operator's results are tensors."""
+    return [x.new_empty(0) if t is None else t for t in optional]
+
+
+def _forward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *problem, impl = arguments
+    problem[7] = tuple(problem[7])
+    p = driver.Problem(*problem)
+    # The products have their types already.
+    with torch.autocast(p.x_ND.device.type, enabled=False):
+        y, *rest = driver.forward(p, _passes(impl))
+    return (y, *_given(y, *rest))
+
+
+def _backward(*arguments) -> tuple:
+    *problem, impl, y, own, rstd, grad_y, grad_normed, grad_own = arguments
+    problem[7] = tuple(problem[7])
+    p = driver.Problem(*problem)
+    with torch.autocast(p.x_ND.device.type, enabled=False):
+        grads = driver.backward(p, driver.Result(y, None, own, rstd), grad_y, grad_normed, grad_own, _passes(impl))
+    branch, x, *small, addends, coefficients, norm_weight = grads
+    return (branch, x, *_given(x, *small, coefficients, norm_weight), list(addends))
+
+
+_library.impl("laurel_fwd", _forward, "CompositeExplicitAutograd")
+_library.impl("laurel_bwd", _backward, "CompositeExplicitAutograd")
+
+
+def _acc(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+@torch.library.register_fake("effkern::laurel_fwd", lib=_library)
+def _fake_fwd(*arguments):
+    p = driver.Problem(*arguments[:-1])
+    x = p.x_ND
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return (
+        y,
+        x.new_empty(0) if p.norm_weight_D is None else torch.empty_like(y),
+        x.new_empty(0) if p.down_DS is None else x.new_empty((x.shape[0], p.down_DS.shape[1])),
+        x.new_empty(0) if p.norm_weight_D is None else x.new_empty(x.shape[0], dtype=_acc(x)),
+    )
+
+
+@torch.library.register_fake("effkern::laurel_bwd", lib=_library)
+def _fake_bwd(*arguments):
+    p = driver.Problem(*arguments[:14])
+    x, acc = p.x_ND, _acc(p.x_ND)
+
+    def like(t: Tensor | None, dtype: torch.dtype = acc) -> Tensor:
+        return x.new_empty(0) if t is None else x.new_empty(t.shape, dtype=dtype)
+
+    past = x.new_empty(0) if p.past_NP is None else torch.empty_like(p.past_NP)
+    return (
+        torch.empty_like(x), torch.empty_like(x), like(p.weights), like(p.down_DS), like(p.up_RD), past,
+        like(p.low_rank_weight_D), like(p.coefficients), like(p.norm_weight_D),
+        [torch.empty_like(e) for e in p.addends],
+    )  # fmt: skip
+
+
+@torch.library.register_fake("effkern::laurel_forward_rows_", lib=_library)
+def _fake_forward_rows(*args) -> None:
+    return None
+
+
+@torch.library.register_fake("effkern::laurel_backward_rows_", lib=_library)
+def _fake_backward_rows(*args) -> None:
+    return None
+
+
+@torch.library.register_fake("effkern::laurel_grad_x_", lib=_library)
+def _fake_grad_x(*args) -> None:
+    return None
+
+
+registry.register("laurel_residual", registry.cpp(), registry.reference())
