@@ -14,6 +14,7 @@ from effkern.ops.distill import (
     TeacherTopK,
     linear_distill_loss,
 )
+from effkern.ops.laurel import LaurelOutput, laurel_residual
 from effkern.ops.soft_labels import SoftLabels, soft_labels
 from effkern.ops.token_stats import LabelStats, token_stats
 
@@ -23,6 +24,7 @@ __all__ = [
     "DistillResult",
     "DistillStats",
     "LabelStats",
+    "LaurelOutput",
     "SoftLabels",
     "TeacherConfidence",
     "TeacherHidden",
@@ -32,6 +34,7 @@ __all__ = [
     "TeacherTopK",
     "__version__",
     "distributed",
+    "laurel_residual",
     "linear_distill_loss",
     "nn",
     "optim",

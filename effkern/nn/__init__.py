@@ -1,5 +1,6 @@
 """Modules over the ops."""
 
 from effkern.nn.distill import LinearDistillLoss
+from effkern.nn.laurel import LaurelResidual
 
-__all__ = ["LinearDistillLoss"]
+__all__ = ["LaurelResidual", "LinearDistillLoss"]

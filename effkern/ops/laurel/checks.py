@@ -54,7 +54,7 @@ def check_low_rank(
             if other is not None:
                 raise ValueError(f"{OP}: {name} must come with up, got up=None")
         return
-    if up.dim() != 2 or up.shape[1] != dim or not 1 <= up.shape[0]:
+    if up.dim() != 2 or up.shape[1] != dim or up.shape[0] < 1:
         raise ValueError(f"{OP}: up must have shape (rank >= 1, {dim}), got {tuple(up.shape)}")
     num_past = 0
     if past is not None:
@@ -63,7 +63,9 @@ def check_low_rank(
             raise ValueError(f"{OP}: past must {rule}, got {tuple(past.shape[:-1])}")
         num_past = past.shape[-1]
         if num_past > up.shape[0]:
-            raise ValueError(f"{OP}: past must have at most as many columns as up has rows, {up.shape[0]}, got {num_past}")
+            raise ValueError(
+                f"{OP}: past must have at most as many columns as up has rows, {up.shape[0]}, got {num_past}"
+            )
     own = up.shape[0] - num_past
     have = 0 if down is None else down.shape[1]
     if own > have:

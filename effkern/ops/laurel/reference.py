@@ -31,6 +31,7 @@ def backward(r: BackwardRows) -> None:
     if r.grad_normed_CD is not None:
         assert r.y_CD is not None
         assert r.rstd_C is not None
+        assert r.norm_weight is not None
         assert r.grad_norm_weight_D is not None
         rstd = r.rstd_C[:, None]
         yh = r.y_CD.to(wide) * rstd
