@@ -1,50 +1,55 @@
-"""A pre-norm block, the way its branches join the stream, and the way blocks make a network."""
+"""A pre-norm block, and the way blocks make a network."""
 
 from torch import Tensor, nn
 
 from effkern.models.attention import Attention, KVCache, LayerCache
 from effkern.models.config import DecoderConfig
 from effkern.models.layers import RMSNorm
-from effkern.models.parts import MLPS, RESIDUALS, STACKS, register
-
-
-@register(RESIDUALS, "add")
-class AddResidual(nn.Module):
-    """x + f(x). Other residuals own parameters; they get the stream and the branch's output."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-
-    @staticmethod
-    def count(config: DecoderConfig) -> int:
-        """Parameters of this part."""
-        return 0
-
-    def forward(self, stream: Tensor, branch: Tensor) -> Tensor:
-        return stream + branch
+from effkern.models.parts import MLPS, NOTHING, RESIDUALS, STACKS, Carry, Place, register
+from effkern.models.residual import AddResidual
 
 
 class Block(nn.Module):
-    """stream -> residual(stream, attention(norm(stream))) -> residual(stream, mlp(norm(stream)))."""
+    """stream -> residual(stream, attention(norm(stream))) -> residual(stream, mlp(norm(stream))).
 
-    def __init__(self, config: DecoderConfig) -> None:
+    A residual that joins the whole block ("block_residual") gets the sum of both branches instead.
+    """
+
+    def __init__(self, config: DecoderConfig, layer: int = 0) -> None:
         super().__init__()
+        residual = RESIDUALS[config.residual]
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = Attention(config)
-        self.attention_residual = RESIDUALS[config.residual](config)
+        self.attention_residual = residual(config, Place(layer, "attn"))
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLPS[config.mlp](config)
-        self.mlp_residual = RESIDUALS[config.residual](config)
+        self.block_residual: AddResidual | None = None
+        if residual.joins_blocks(config):
+            self.block_residual = residual(config, Place(layer, "block"))
+        else:
+            self.mlp_residual = residual(config, Place(layer, "ffn"))
 
     @staticmethod
-    def count(config: DecoderConfig) -> int:
+    def count(config: DecoderConfig, layer: int = 0) -> int:
         """Parameters of this part."""
-        residuals = 2 * RESIDUALS[config.residual].count(config)
+        residual = RESIDUALS[config.residual]
+        places = ("attn", "block") if residual.joins_blocks(config) else ("attn", "ffn")
+        residuals = sum(residual.count(config, Place(layer, branch)) for branch in places)
         return 2 * config.hidden_size + Attention.count(config) + MLPS[config.mlp].count(config) + residuals
 
-    def forward(self, stream: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
-        stream = self.attention_residual(stream, self.attention(self.attention_norm(stream), rope, cache))
-        return self.mlp_residual(stream, self.mlp(self.mlp_norm(stream)))
+    def forward(
+        self, stream: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None, carry: Carry = NOTHING
+    ) -> tuple[Tensor, Carry]:
+        """The new stream, and what residuals of later blocks need of it."""
+        first = self.attention(self.attention_norm(stream), rope, cache)
+        if self.block_residual is not None:
+            _, normed, _ = self.attention_residual.join(stream, first, carry, self.mlp_norm)
+            branch = first + self.mlp(normed)
+            stream, _, carry = self.block_residual.join(stream, branch, carry)
+            return stream, carry
+        stream, normed, carry = self.attention_residual.join(stream, first, carry, self.mlp_norm)
+        stream, _, carry = self.mlp_residual.join(stream, self.mlp(normed), carry)
+        return stream, carry
 
 
 @register(STACKS, "plain")
@@ -53,12 +58,13 @@ class PlainStack(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        RESIDUALS[config.residual].link(self.blocks)
 
     @staticmethod
     def count(config: DecoderConfig) -> int:
         """Parameters of this part."""
-        return config.num_layers * Block.count(config)
+        return sum(Block.count(config, i) for i in range(config.num_layers))
 
     @staticmethod
     def applications(config: DecoderConfig) -> int:
@@ -66,6 +72,7 @@ class PlainStack(nn.Module):
         return config.num_layers
 
     def forward(self, stream: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
+        carry = Carry(x0=stream)
         for i, block in enumerate(self.blocks):
-            stream = block(stream, rope, None if cache is None else cache.layers[i])
+            stream, carry = block(stream, rope, None if cache is None else cache.layers[i], carry)
         return stream

@@ -1,8 +1,43 @@
 """The decoder's shape, as data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from effkern.models.parts import MLPS, RESIDUALS, STACKS
+from effkern.nn.laurel import INITS, VARIANTS
+from effkern.ops.laurel.scalars import SCALAR_MAPS
+
+
+@dataclass(frozen=True)
+class LaurelConfig:
+    """LAuReL residuals of a decoder; see effkern.nn.LaurelResidual."""
+
+    variant: str = "rw+lr"
+    """A key of effkern.nn.laurel.VARIANTS."""
+    rank: int = 32
+    """Of the low-rank variants."""
+    placement: str = "both"
+    """"attn", "ffn", "both", or "block": one residual around both branches."""
+    look_back: int = 3
+    """k of the pa variants: inputs that a residual mixes, its own and k - 1 previous ones."""
+    scalar_map: str = "softmax2"
+    per_channel: bool = False
+    x0: bool = False
+    """Also add the first hidden state, with a learned factor that starts at 0."""
+    init: str = "column_orthogonal"
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("variant", VARIANTS),
+            ("placement", ("attn", "ffn", "both", "block")),
+            ("scalar_map", SCALAR_MAPS),
+            ("init", INITS),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"LaurelConfig: {name} must be one of {sorted(known)}, got {value!r}")
+        for name in ("rank", "look_back"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"LaurelConfig: {name} must be at least 1, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -34,6 +69,8 @@ class DecoderConfig:
     init_std: float = 0.02
     """Of the embedding and an untied head. Projections: 1/sqrt(inputs), ends of branches over sqrt(2 num_layers)."""
     residual: str = "add"
+    """"add", or "laurel": as `laurel` says."""
+    laurel: LaurelConfig = field(default_factory=LaurelConfig)
     mlp: str = "swiglu"
     stack: str = "plain"
 
@@ -60,6 +97,10 @@ class DecoderConfig:
         for name in ("rope_theta", "norm_eps", "init_std"):
             self._require(name, getattr(self, name) > 0, "be positive")
         self._check_parts()
+        if self.residual == "laurel" and VARIANTS[self.laurel.variant].low_rank and self.laurel.rank > self.hidden_size:
+            raise ValueError(
+                f"DecoderConfig: laurel.rank must be at most hidden_size={self.hidden_size}, got {self.laurel.rank}"
+            )
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:

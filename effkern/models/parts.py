@@ -1,13 +1,36 @@
 """Registries of the parts that a DecoderConfig names.
 
 A part is a module class made from the config, with `count(config)` for its parameters; a stack also has
-`applications(config)`. LAuReL residuals and looped stacks are entries here.
+`applications(config)`, and a residual is also told its place. Looped stacks become entries here.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
 
 Part = TypeVar("Part", bound=type)
+
+
+class Place(NamedTuple):
+    """Where a residual stands."""
+
+    layer: int
+    branch: str
+    """"attn", "ffn" or "block"."""
+
+
+class Carry(NamedTuple):
+    """What residuals get from earlier ones, beside the stream."""
+
+    x0: Tensor | None = None
+    """The stream before the first block."""
+    history: tuple[Tensor, ...] = ()
+    """See effkern.nn.LaurelResidual."""
+
+
+NOTHING = Carry()
+
 
 MLPS: dict[str, Any] = {}
 RESIDUALS: dict[str, Any] = {}

@@ -4,7 +4,7 @@ D channels, r rank, k inputs that a residual mixes (its own and k - 1 previous o
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ VARIANTS = {
     "rw+pa-shared": Variant(True, True, True, shared=True),
     "rw+lr+pa": Variant(True, True, True),
 }
+
+INITS = ("column_orthogonal", "xavier")
 
 History = tuple[Tensor, ...]
 
@@ -111,7 +113,7 @@ class LaurelResidual(nn.Module):
         super().__init__()
         _require("variant", variant, variant in VARIANTS, f"be one of {sorted(VARIANTS)}")
         _require("scalar_map", scalar_map, scalar_map in SCALAR_MAPS, f"be one of {sorted(SCALAR_MAPS)}")
-        _require("init", init, init in ("column_orthogonal", "xavier"), "be 'column_orthogonal' or 'xavier'")
+        _require("init", init, init in INITS, f"be one of {sorted(INITS)}")
         kind = VARIANTS[variant]
         if kind.low_rank:
             _require("rank", rank, 1 <= rank <= dim, f"lie in [1, D={dim}]")
@@ -141,6 +143,11 @@ class LaurelResidual(nn.Module):
         # Later residuals whose A meets this one's input; a tuple, so that they are not registered here as well.
         self._following: tuple[LaurelResidual, ...] = ()
         self.reset_parameters()
+
+    @classmethod
+    def count(cls, dim: int, variant: str = "rw+lr", **options: Any) -> int:
+        """Parameters of a residual with these arguments, without making it."""
+        return sum(p.numel() for p in cls(dim, variant, device="meta", **options).parameters())
 
     @staticmethod
     def link(residuals: Sequence["LaurelResidual"]) -> None:
@@ -187,6 +194,10 @@ class LaurelResidual(nn.Module):
             if p.dtype in (torch.bfloat16, torch.float16):
                 p.data = before[name].to(p.device)
         return self
+
+    def scalars(self) -> list[nn.Parameter]:
+        """What is multiplied with whole tensors: to be left out of weight decay."""
+        return [p for _, p in self._scalars()]
 
     def _scalars(self) -> list[tuple[str, nn.Parameter]]:
         named = (("weights", self.weights), ("gamma", self.gamma), ("x0_weight", self.x0_weight))

@@ -4,16 +4,19 @@ import torch
 from torch import nn
 
 from effkern.models.layers import TokenEmbedding
+from effkern.nn import LaurelResidual
 from effkern.train.config import OptimizerConfig
 
 
 def split_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters with weight decay (matrices) and without (1-d ones and the embedding, also where it is the head)."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, TokenEmbedding)}
+    """Parameters with weight decay (matrices) and without: 1-d ones, the embedding (also where it is the head), and
+    the scalars of residuals, which are [k, D] where there is one per channel."""
+    without = {id(m.weight) for m in model.modules() if isinstance(m, TokenEmbedding)}
+    without |= {id(p) for m in model.modules() if isinstance(m, LaurelResidual) for p in m.scalars()}
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():
-        (plain if parameter.dim() < 2 or id(parameter) in embeddings else decayed).append(parameter)
+        (plain if parameter.dim() < 2 or id(parameter) in without else decayed).append(parameter)
     return decayed, plain
 
 

@@ -164,12 +164,12 @@ def test_a_new_part_is_chosen_by_name(monkeypatch):
     monkeypatch.setattr("effkern.models.parts.RESIDUALS", RESIDUALS)
 
     class HalfResidual(AddResidual):
-        def __init__(self, config):
-            super().__init__(config)
+        def __init__(self, config, place):
+            super().__init__(config, place)
             self.scale = torch.nn.Parameter(torch.empty(config.hidden_size))
 
         @staticmethod
-        def count(config):
+        def count(config, place):
             return config.hidden_size
 
         def fill(self, generator):
@@ -227,8 +227,8 @@ def test_too_long_a_sequence():
 
 def test_a_part_that_cannot_fill_itself_is_an_error():
     class Mute(AddResidual):
-        def __init__(self, config):
-            super().__init__(config)
+        def __init__(self, config, place):
+            super().__init__(config, place)
             self.bias = torch.nn.Parameter(torch.zeros(1))
 
     try:

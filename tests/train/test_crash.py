@@ -29,7 +29,7 @@ def toml(config, path: Path) -> Path:
     """`config` as a file, section by section."""
     lines: dict[str, list[str]] = {}
     for key, value in flatten(config).items():
-        section, name = key.split(".")
+        section, _, name = key.rpartition(".")
         text = str(value).lower() if isinstance(value, bool) else repr(value)
         lines.setdefault(section, []).append(f"{name} = {text}")
     path.write_text("\n".join(f"[{section}]\n" + "\n".join(body) for section, body in lines.items()))
