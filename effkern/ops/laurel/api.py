@@ -104,7 +104,7 @@ def laurel_residual(
     if down is not None:
         used = 0 if up is None else up.shape[0] - (0 if past is None else past.shape[-1])
         if used < down.shape[1]:
-            ahead = own[:, used:].reshape(*x.shape[:-1], -1)
+            ahead = own[:, used:].reshape(*x.shape[:-1], down.shape[1] - used)
     return LaurelOutput(y.view(x.shape), None if norm_weight is None else normed.view(x.shape), ahead)
 
 

@@ -40,8 +40,9 @@ class LaurelResidual(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise NotImplementedError("laurel_residual: create_graph=True is not covered: there is no second derivative")
-        inputs, (y, own, rstd) = ctx.saved_tensors[:-3], ctx.saved_tensors[-3:]
+            raise NotImplementedError("laurel_residual: create_graph=True is not covered: no second derivative")
+        # Read once: a checkpoint unpacks only once.
+        *inputs, y, own, rstd = ctx.saved_tensors
         branch, x, weights, down, up, past, low_rank_weight, coefficients, norm_weight, *addends = inputs
         grad_y, grad_normed, grad_own = (None if g is None else g.contiguous() for g in grad_outputs)
         if grad_y is None and grad_normed is None and grad_own is None:
