@@ -120,4 +120,4 @@ def _fake_grad_x(*args) -> None:
     return None
 
 
-registry.register("laurel_residual", registry.reference())
+registry.register("laurel_residual", registry.cpp(), registry.reference())
