@@ -97,8 +97,9 @@ def laurel_residual(
         scalar_map, float(scale), float(low_rank_eps), float(norm_eps), choose(impl, x), bool(save_branch)
     )
     y, normed, own = LaurelResidual.apply(
-        options, _rows(branch.to(x.dtype)), _rows(x), weights, down, up, None if past is None else _rows(past),
-        low_rank_norm, addend_weights, norm_weight, *(_rows(e) for e in addends),
+        options, _rows(branch.to(x.dtype)), _rows(x), _packed(weights), down, up,
+        None if past is None else _rows(past), _packed(low_rank_norm), _packed(addend_weights), _packed(norm_weight),
+        *(_rows(e) for e in addends),
     )  # fmt: skip
     ahead = None
     if down is not None:
@@ -110,6 +111,10 @@ def laurel_residual(
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _packed(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def choose(impl: str, x: Tensor) -> str:
