@@ -288,8 +288,8 @@ class LaurelResidual(nn.Module):
         if not self.kind.previous:
             return ()
         if not self.kind.low_rank:
-            most = max(self.num_previous, self.num_following)
-            return (x, *history)[:most] if self.num_following else ()
+            # The next residual reads at most one more than this one.
+            return (x, *history)[: self.num_previous + 1] if self.num_following else ()
         rest = [h[..., self.rank :] for h in history]
         mine = () if ahead is None else (ahead,)
         return (*mine, *(h for h in rest if h.shape[-1]))
