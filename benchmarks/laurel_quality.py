@@ -2,8 +2,8 @@
 
     python -m benchmarks.laurel_quality [--seeds 3] [--steps 300] [--only rw plain] [--out FILE.json]
 
-Every arm of a seed trains with the same batches in the same order; parameters that two arms share start alike. "one more
-layer" is the plain decoder, one block deeper. Quoted are the final validation loss with mean and standard deviation over
+Every arm of a seed trains with the same batches in the same order; parameters that two arms share start alike. "one
+more layer" is the plain decoder, one block deeper. Quoted are the final validation loss with mean and deviation over
 seeds, the mean paired difference to plain with its standard deviation, and the wall time of a training step over
 plain's of the same seed (evaluation not included; runs one after the other, so on a shared machine a rough figure).
 """
