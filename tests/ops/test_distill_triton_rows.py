@@ -212,6 +212,23 @@ def test_small_divergence_keeps_its_digits(name, streaming):
     assert ((stats[2].double() - truth[2]).abs() < 1e-3 * truth[2]).all()
 
 
+def test_digits_of_one_minus_beta(monkeypatch):
+    """A kernel on a GPU gets its scalars in float32, where 1 - beta is off by 1e-2; the interpreter leaves them be."""
+    inner = launcher.distill_dense_kernel
+
+    class Rounded:
+        def __getitem__(self, grid):
+            def call(*args, **constants):
+                inner[grid](*(torch.tensor(x).item() if isinstance(x, float) else x for x in args), **constants)
+
+            return call
+
+    monkeypatch.setattr(launcher, "distill_dense_kernel", Rounded())
+    beta = 1 - 1e-6
+    for name in ("jsd", "symmetric_kl"):
+        check(make(), RowOptions(name, beta=beta, divergence_scale=1 / (beta * (1 - beta))))
+
+
 def test_confident_student_has_a_gradient_ratio(streaming):
     """1 - q_y of 1e-8, where float32 has q_y = 1: (p_y - q_y) / (1 - q_y) from the small numbers themselves."""
     rows = make(rows=2)
