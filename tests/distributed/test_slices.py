@@ -8,7 +8,8 @@ from effkern.distributed import vocab_parallel_distill_loss
 from effkern.ops.distill.parallel import agree, chunks, local
 from effkern.ops.distill.parallel.chunks import Reductions
 from tests.distributed import vocab_cases
-from tests.distributed.vocab_cases import answer, make
+from tests.distributed.vocab_cases import VOCAB, answer, make
+from tests.numerics import assert_as_good_as_eager
 
 CASES = vocab_cases.cases()
 
@@ -76,6 +77,20 @@ def test_small_divergence_in_float32(alone):
     truth = answer(call, linear_distill_loss, impl="reference")["stats.divergence"]
     assert truth.max() < 2e-6
     assert (got.double() - truth).abs().max() < 2e-9
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+def test_tail_bucket_of_a_sure_student_in_float32(alone, divergence):
+    """1e-6 of the student's mass is off the kept entries, which one minus the kept sum knows to a tenth in float32."""
+    call = make(5, teacher="tail_bucket", divergence=divergence, temperature=1.0, omega=1.0, rows=VOCAB)
+    logits = torch.randn(VOCAB, VOCAB, dtype=torch.float64)
+    logits.scatter_(1, call.teacher.ids[:, :1], logits.logsumexp(-1, keepdim=True) + 14.0)
+    call.hidden, call.weight = torch.eye(VOCAB), logits.t().float()
+    got, eager = answer(call, vocab_parallel_distill_loss), answer(call, linear_distill_loss, impl="reference")
+    call.hidden, call.weight = call.hidden.double(), call.weight.double()
+    truth = answer(call, linear_distill_loss, impl="reference")
+    for name in ("stats.divergence", "weight"):
+        assert_as_good_as_eager(got[name], eager[name], truth[name], ulps=4.0)
 
 
 def test_a_second_derivative_is_refused(alone):

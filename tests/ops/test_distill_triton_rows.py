@@ -212,6 +212,23 @@ def test_small_divergence_keeps_its_digits(name, streaming):
     assert ((stats[2].double() - truth[2]).abs() < 1e-3 * truth[2]).all()
 
 
+def test_digits_of_one_minus_beta(monkeypatch):
+    """A kernel on a GPU gets its scalars in float32, where 1 - beta is off by 1e-2; the interpreter leaves them be."""
+    inner = launcher.distill_dense_kernel
+
+    class Rounded:
+        def __getitem__(self, grid):
+            def call(*args, **constants):
+                inner[grid](*(torch.tensor(x).item() if isinstance(x, float) else x for x in args), **constants)
+
+            return call
+
+    monkeypatch.setattr(launcher, "distill_dense_kernel", Rounded())
+    beta = 1 - 1e-6
+    for name in ("jsd", "symmetric_kl"):
+        check(make(), RowOptions(name, beta=beta, divergence_scale=1 / (beta * (1 - beta))))
+
+
 def test_confident_student_has_a_gradient_ratio(streaming):
     """1 - q_y of 1e-8, where float32 has q_y = 1: (p_y - q_y) / (1 - q_y) from the small numbers themselves."""
     rows = make(rows=2)
@@ -223,6 +240,31 @@ def test_confident_student_has_a_gradient_ratio(streaming):
     # Truth itself takes 1 - q_y from a q_y that is almost 1.
     torch.testing.assert_close(stats[11].double(), truth[11], rtol=1e-4, atol=0)
     torch.testing.assert_close(stats[1].double(), truth[1], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("where", ["at the label", "elsewhere", "on two entries", "on an id that stands twice"])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
+def test_tail_bucket_of_a_sure_student(name, where, streaming):
+    """All but about 1e-6 of its mass on kept entries."""
+    rows = make(rows=6, teacher="tail_bucket")
+    kept = rows.ids_RK[:, :2] if where == "on two entries" else rows.ids_RK[:, :1]
+    rows.logits_RV.scatter_(1, kept, rows.logits_RV.max().item() + 15.0)
+    rows.labels_R[:] = rows.ids_RK[:, 3 if where == "elsewhere" else 0]
+    if where == "on an id that stands twice":
+        rows.ids_RK[:, 5] = rows.ids_RK[:, 0]
+    options = RowOptions(name, teacher="tail_bucket", temperature=1.2)
+    truth, truth_grad = run(reference_rows, rows, options, torch.float64, torch.float64)
+    eager, eager_grad = run(reference_rows, rows, options, torch.float32, torch.float32)
+    ours, grad = run(launcher.triton_rows, rows, options, torch.float32, torch.float32)
+    # The divergence and the gradient ratio; the entropy of such a student is lost in any float32.
+    for s in (2, 11):
+        assert_as_good_as_eager(ours[s], eager[s], truth[s], ulps=12.0)
+    assert_as_good_as_eager(grad, eager_grad, truth_grad, ulps=4.0)
+    # The pass that adds up the tail marks the kept logits: nothing of that stays.
+    logits = rows.logits_RV.to(DEVICE, copy=True)
+    on_device = Rows(logits, *(None if x is None else x.to(DEVICE) for x in rows[1:]))
+    assert launcher.triton_rows(on_device, None, options) is None
+    assert torch.equal(logits.cpu(), rows.logits_RV)
 
 
 @pytest.mark.parametrize("teacher", ["logits", "uniform_tail", "none"])

@@ -135,13 +135,24 @@ def coefficients(x: Kept, vocab: int, options: RowOptions) -> Coefficients:
 def slope(x: Kept, q: Tensor, y: Tensor, options: RowOptions) -> Tensor:
     """dD / d(z / T), [R, V]."""
     c = coefficients(x, q.shape[1], options)
-    dense, delta = c.factor * q + c.constant, c.delta
-    if options.teacher == "tail_bucket" and options.divergence == "forward_kl":
-        # q - t at the kept entries as it stands: where the student is sure, factor q and delta are large and cancel.
-        times = times_kept(x.ids, x.filled, q.shape[1])
-        dense = torch.where(times > 0, q + (times - 1) * (1 - c.factor) * q, dense)
-        delta = torch.where(x.filled, -x.t, 0.0)
+    times = times_kept(x.ids, x.filled, q.shape[1]) if options.teacher == "tail_bucket" else None
+    dense, delta = slope_parts(x, c, q, times, options)
     return dense.scatter_add(1, x.ids, delta).scatter_add(1, y, c.at_label)
+
+
+def slope_parts(
+    x: Kept, c: Coefficients, q: Tensor, times: Tensor | None, options: RowOptions
+) -> tuple[Tensor, Tensor]:
+    """What the slope is made of, but for the label's: of each entry of q, and what a kept one adds to it.
+
+    `times`: in how many slots each entry of q stands; only a tail bucket needs it.
+    """
+    dense = c.factor * q + c.constant
+    if times is None or options.divergence != "forward_kl":
+        return dense, c.delta
+    # q - t at the kept entries as it stands: where the student is sure, factor q and delta are large and cancel.
+    dense = torch.where(times > 0, q + (times - 1) * (1 - c.factor) * q, dense)
+    return dense, torch.where(x.filled, -x.t, 0.0)
 
 
 def label_log_target(x: Kept, vocab: int, options: RowOptions) -> Tensor:

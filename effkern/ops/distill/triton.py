@@ -50,9 +50,9 @@ def _launch_dense(rows: Rows, grad_RV: Tensor, want_grad: bool, options: RowOpti
     distill_dense_kernel[(num_rows,)](
         logits_RV, teacher_RV, logits_RV if rows.bias_V is None else rows.bias_V, rows.labels_R, rows.scale_R,
         rows.omega_R, rows.stats_SR, grad_RV, vocab, logits_RV.stride(0), teacher_RV.stride(0),
-        rows.stats_SR.stride(0), grad_RV.stride(0), o.ignore_index, o.alpha, o.beta, o.divergence_scale,
-        1.0 / o.temperature, 1.0 if logprobs else 1.0 / o.teacher_temperature, o.label_smoothing, o.z_loss,
-        o.softcap or 1.0, o.logit_scale,
+        rows.stats_SR.stride(0), grad_RV.stride(0), o.ignore_index, o.alpha, o.beta, 1.0 - o.alpha, 1.0 - o.beta,
+        o.divergence_scale, 1.0 / o.temperature, 1.0 if logprobs else 1.0 / o.teacher_temperature,
+        o.label_smoothing, o.z_loss, o.softcap or 1.0, o.logit_scale,
         DIVERGENCE=o.divergence, MIDDLE=needs_middle_pass(o.divergence), LOGPROBS=logprobs,
         **_shared_flags(rows, want_grad, o, launch_of(DENSE_LAUNCH, vocab)),
     )  # fmt: skip

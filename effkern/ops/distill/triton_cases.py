@@ -58,6 +58,7 @@ COMPILE_CASES = {
     "sparse_uniform_tail_512_all": _sparse("uniform_tail", num_kept=512, **_EVERYTHING),
     "sparse_both_renormalized_512_all": _sparse("both_renormalized", num_kept=512, **_EVERYTHING),
     **{f"sparse_uniform_tail_{size}": _sparse("uniform_tail", size, **_EVERYTHING) for size in (1024, 4096, 8192)},
+    **{f"sparse_tail_bucket_{size}": _sparse("tail_bucket", size, **_EVERYTHING) for size in (4096, 8192)},
     "sparse_tail_bucket_fp32": _sparse("tail_bucket", grad="*fp32"),
     **{f"scale_grad_{size}": (scale_grad_kernel, {"grad_ptr": "*bf16", "factor_ptr": "*fp32", "size": size},
                               {"BLOCK": BLOCK}, NUM_WARPS) for size in ("i32", "i64")},

@@ -54,7 +54,8 @@ def _log_probs(z, u, m_z, m_u, log_q, log_p, inverse_q, inverse_p, LOGPROBS: tl.
 def distill_dense_kernel(
     logits_ptr, teacher_ptr, bias_ptr, labels_ptr, scale_ptr, omega_ptr, stats_ptr, grad_ptr,
     vocab, logits_stride, teacher_stride, stats_stride, grad_stride, ignore_index,
-    alpha, beta, divergence_scale, inverse_q, inverse_p, label_smoothing, z_loss, softcap, logit_scale,
+    alpha, beta, rest_alpha, rest_beta, divergence_scale, inverse_q, inverse_p, label_smoothing, z_loss, softcap,
+    logit_scale,
     DIVERGENCE: tl.constexpr, MIDDLE: tl.constexpr, LOGPROBS: tl.constexpr, TEMPERED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, WANT_GRAD: tl.constexpr, RESIDENT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -152,9 +153,9 @@ def distill_dense_kernel(
         cross = (total(cross, RESIDENT) + (by_z - by_u) * s_q) * tl.exp(by_z - log_q)
         cross += times(tl.exp(x_y - log_q), x_y - y_y) - log_q
         cross += -top_u if LOGPROBS else log_p
-        weight = sum_of_weights(DIVERGENCE, mass, cross, beta)
+        weight = sum_of_weights(DIVERGENCE, mass, cross, beta, rest_beta)
     elif not MIDDLE:
-        weight = sum_of_weights(DIVERGENCE, mass, 0.0, beta)
+        weight = sum_of_weights(DIVERGENCE, mass, 0.0, beta, rest_beta)
     if MIDDLE:
         first = no_sum(RESIDENT, BLOCK)
         second, third = first, first
@@ -172,7 +173,7 @@ def distill_dense_kernel(
                 third += part(d * e, RESIDENT)
             else:
                 a, b = _log_probs(z, u, top_z, top_u, log_q, log_p, inverse_q, inverse_p, LOGPROBS)
-                _, w, _ = terms(DIVERGENCE, tl.exp(b), tl.exp(a), b, a, alpha, beta)
+                _, w, _ = terms(DIVERGENCE, tl.exp(b), tl.exp(a), b, a, alpha, beta, rest_alpha, rest_beta)
                 first += part(w, RESIDENT)
         if NORMALISED:
             count = vocab if DIVERGENCE == "zscored_mse" else 1.0
@@ -215,7 +216,7 @@ def distill_dense_kernel(
         else:
             a, b = _log_probs(z, u, top_z, top_u, log_q, log_p, inverse_q, inverse_p, LOGPROBS)
             q, p = tl.exp(a), tl.exp(b)
-            each, w, excess = terms(DIVERGENCE, p, q, b, a, alpha, beta)
+            each, w, excess = terms(DIVERGENCE, p, q, b, a, alpha, beta, rest_alpha, rest_beta)
             if LOGPROBS:
                 each += excess * (p - q)
             value += part(each, RESIDENT)

@@ -3,7 +3,8 @@
 A divergence D(p, q) of two softmaxes depends on z through q alone, and dD / d(z / T) = w - q W with w = q dD/dq and
 W = sum w. Its formula gives for a tile the terms of D, w, and the factor of sum p - sum q in D, which is zero unless
 the teacher's mass is not 1. `terms` is the only place that a new one has to be added to (and `rows.DIVERGENCES`).
-The mathematics is that of divergences.py.
+The mathematics is that of divergences.py; rest_alpha and rest_beta are 1 - alpha and 1 - beta, which would lose their
+digits here where alpha or beta is almost 1.
 """
 
 import triton
@@ -24,32 +25,32 @@ def _reverse_kl(p, q, log_p, log_q):
 
 
 @triton.jit
-def _mixture(p, q, log_p, log_q, share):
-    """m = share p + (1 - share) q, log(p / m), log(q / m); the logarithms from the larger one: no log of a small m."""
+def _mixture(p, q, log_p, log_q, share, rest):
+    """m = share p + rest q, log(p / m), log(q / m); the logarithms from the larger one: no log of a small m."""
     gap = log_ratio(log_p, log_q)
-    of_smaller = tl.where(gap > 0.0, 1.0 - share, share)
+    of_smaller = tl.where(gap > 0.0, rest, share)
     above = log1p(of_smaller * expm1_of_negative(-tl.abs(gap)))
-    m = share * p + (1.0 - share) * q
+    m = share * p + rest * q
     return m, tl.where(gap > 0.0, -above, gap - above), tl.where(gap > 0.0, -gap - above, -above)
 
 
 @triton.jit
-def _jsd(p, q, log_p, log_q, beta):
-    m, p_over_m, q_over_m = _mixture(p, q, log_p, log_q, beta)
-    value = beta * kl_terms(p, m, p_over_m) + (1.0 - beta) * kl_terms(q, m, q_over_m)
-    return value, (1.0 - beta) * times(q, q_over_m), 0.0
+def _jsd(p, q, log_p, log_q, beta, rest):
+    m, p_over_m, q_over_m = _mixture(p, q, log_p, log_q, beta, rest)
+    value = beta * kl_terms(p, m, p_over_m) + rest * kl_terms(q, m, q_over_m)
+    return value, rest * times(q, q_over_m), 0.0
 
 
 @triton.jit
-def _skew_forward_kl(p, q, log_p, log_q, alpha):
-    m, p_over_m, q_over_m = _mixture(p, q, log_p, log_q, alpha)
-    return kl_terms(p, m, p_over_m), -(1.0 - alpha) * p * tl.exp(q_over_m), 1.0 - alpha
+def _skew_forward_kl(p, q, log_p, log_q, alpha, rest):
+    m, p_over_m, q_over_m = _mixture(p, q, log_p, log_q, alpha, rest)
+    return kl_terms(p, m, p_over_m), -rest * p * tl.exp(q_over_m), rest
 
 
 @triton.jit
-def _skew_reverse_kl(p, q, log_p, log_q, alpha):
-    m, _, q_over_m = _mixture(p, q, log_p, log_q, 1.0 - alpha)
-    return kl_terms(q, m, q_over_m), times(q, q_over_m - alpha * tl.exp(q_over_m)), -(1.0 - alpha)
+def _skew_reverse_kl(p, q, log_p, log_q, alpha, rest):
+    m, _, q_over_m = _mixture(p, q, log_p, log_q, rest, alpha)
+    return kl_terms(q, m, q_over_m), times(q, q_over_m - alpha * tl.exp(q_over_m)), -rest
 
 
 @triton.jit
@@ -60,7 +61,7 @@ def _tvd(p, q):
 
 
 @triton.jit
-def terms(DIVERGENCE: tl.constexpr, p, q, log_p, log_q, alpha, beta):
+def terms(DIVERGENCE: tl.constexpr, p, q, log_p, log_q, alpha, beta, rest_alpha, rest_beta):
     """Terms of D, w, and the factor of sum p - sum q."""
     if DIVERGENCE == "forward_kl":
         value, w, excess = _forward_kl(p, q, log_p, log_q)
@@ -69,14 +70,14 @@ def terms(DIVERGENCE: tl.constexpr, p, q, log_p, log_q, alpha, beta):
     elif DIVERGENCE == "symmetric_kl":
         forward, w_forward, _ = _forward_kl(p, q, log_p, log_q)
         reverse, w_reverse, _ = _reverse_kl(p, q, log_p, log_q)
-        value, w = beta * forward + (1.0 - beta) * reverse, beta * w_forward + (1.0 - beta) * w_reverse
-        excess = 2.0 * beta - 1.0
+        value, w = beta * forward + rest_beta * reverse, beta * w_forward + rest_beta * w_reverse
+        excess = beta - rest_beta
     elif DIVERGENCE == "jsd":
-        value, w, excess = _jsd(p, q, log_p, log_q, beta)
+        value, w, excess = _jsd(p, q, log_p, log_q, beta, rest_beta)
     elif DIVERGENCE == "skew_forward_kl":
-        value, w, excess = _skew_forward_kl(p, q, log_p, log_q, alpha)
+        value, w, excess = _skew_forward_kl(p, q, log_p, log_q, alpha, rest_alpha)
     elif DIVERGENCE == "skew_reverse_kl":
-        value, w, excess = _skew_reverse_kl(p, q, log_p, log_q, alpha)
+        value, w, excess = _skew_reverse_kl(p, q, log_p, log_q, alpha, rest_alpha)
     else:
         tl.static_assert(DIVERGENCE == "tvd")
         value, w, excess = _tvd(p, q)
@@ -84,12 +85,12 @@ def terms(DIVERGENCE: tl.constexpr, p, q, log_p, log_q, alpha, beta):
 
 
 @triton.jit
-def sum_of_weights(DIVERGENCE: tl.constexpr, mass, mean_log_ratio, beta):
+def sum_of_weights(DIVERGENCE: tl.constexpr, mass, mean_log_ratio, beta, rest_beta):
     """W of the divergences that need no pass of their own for it; mean_log_ratio = E_q[log q - log p]."""
     if DIVERGENCE == "reverse_kl":
         w = mean_log_ratio
     elif DIVERGENCE == "symmetric_kl":
-        w = (1.0 - beta) * mean_log_ratio - beta * mass
+        w = rest_beta * mean_log_ratio - beta * mass
     else:
         w = -mass
     return w

@@ -1,5 +1,7 @@
 """The Triton row pass without a teacher and with a sparse one: one program per row, two passes over it.
 
+A tail bucket takes a third where the student's mass is on the kept entries for the most part.
+
 The gradient of a sparse divergence is c q + b for the whole row, a correction at the K kept entries, and one at the
 label (sparse.py has the mathematics). c, b and the corrections follow from K gathered logits and the statistics.
 """
@@ -44,11 +46,47 @@ def _log_sum_exp(x):
 
 
 @triton.jit
+def _sum_outside(
+    logits_ptr, bias_ptr, ids, vocab, top_z, log_q, inverse_q, logit_scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum of q over what is not kept: one minus a large kept sum would cancel.
+
+    The kept logits are NaN in the meantime, so that it is one more pass over the row, however many they are.
+    """
+    kept = tl.load(logits_ptr + ids, mask=ids >= 0, other=0.0)
+    tl.debug_barrier()
+    tl.store(logits_ptr + ids, float("nan"), mask=ids >= 0)
+    tl.debug_barrier()
+    # Beside a row in registers there is room for little else.
+    STEP: tl.constexpr = min(BLOCK, 1024)
+    outside = tl.zeros([STEP], tl.float32)
+    for start in range(0, vocab, STEP):
+        cols = start + tl.arange(0, STEP)
+        z = student_logits(logits_ptr, bias_ptr, cols, cols < vocab, logit_scale, softcap, HAS_BIAS, HAS_CAP)
+        outside += tl.where(z == z, tl.exp((z - top_z) * inverse_q - log_q), 0.0)
+    tl.debug_barrier()
+    tl.store(logits_ptr + ids, kept, mask=ids >= 0)
+    tl.debug_barrier()
+    return tl.sum(outside, 0)
+
+
+@triton.jit
+def _slots_of(ids_ptr, ids, num_kept, KEPT: tl.constexpr, CHUNK: tl.constexpr):
+    """In how many slots each of `ids` stands."""
+    count = tl.zeros([KEPT], tl.float32)
+    for start in range(0, num_kept, CHUNK):
+        slots = start + tl.arange(0, CHUNK)
+        others = tl.load(ids_ptr + slots, mask=slots < num_kept, other=-1).to(tl.int64)
+        count += tl.sum(tl.where(ids[:, None] == others[None, :], 1.0, 0.0), 1)
+    return count
+
+
+@triton.jit
 def _correction(REVERSE: tl.constexpr, ids, log_q, log_t, gain, away, extra):
-    """What a kept entry adds to c q + b: gain q e^-away - t + extra, and in the reverse KL q (r - away)."""
+    """What a kept entry adds to its share of q and to b: gain q e^-away - t + extra, and in the reverse KL q r."""
     if REVERSE:
-        q = tl.exp(log_q)
-        delta = times(q, log_q - log_t - away)
+        delta = times(tl.exp(log_q), log_q - log_t)
     else:
         delta = gain * tl.exp(log_q - away) - tl.exp(log_t) + extra
     return tl.where(ids >= 0, delta, 0.0)
@@ -104,6 +142,9 @@ def distill_sparse_kernel(
             logits_ptr, ids_ptr, logprobs_ptr, bias_ptr, tl.arange(0, KEPT), num_kept, vocab, logit_scale, softcap,
             HAS_BIAS, HAS_CAP,
         )  # fmt: skip
+        # In double, of K entries alone, and before a row takes the registers: the logarithm of a tail shows what is
+        # lost here.
+        over = (1.0 - tl.sum(tl.exp(log_t.to(tl.float64)), 0)).to(tl.float32)
     if RESIDENT:
         z_row = student_logits(logits_ptr, bias_ptr, lanes, lanes < vocab, logit_scale, softcap, HAS_BIAS, HAS_CAP)
 
@@ -151,7 +192,7 @@ def distill_sparse_kernel(
         log_t = log_t * temper - log_mass
         t, q_k = tl.exp(log_t), tl.exp(log_q_k)
         mass, mass_q = tl.sum(t, 0), tl.sum(q_k, 0)
-        tail = tl.maximum(1.0 - mass, 0.0)
+        tail = tl.maximum(over, 0.0)
         t_y = tl.sum(tl.where(ids == label, t, 0.0), 0)
         others = vocab - tl.sum(filled.to(tl.int32), 0)
         divergence = tl.sum(times(t, log_t - log_q_k), 0)
@@ -160,15 +201,28 @@ def distill_sparse_kernel(
         factor = mass
         gain, away, extra = 0.0, 0.0, 0.0
         if KIND == "tail_bucket":
-            floored, tail_q = tl.maximum(tail, tail_floor), tl.maximum(1.0 - mass_q, tail_floor)
-            gain = floored / tail_q
+            slots = _slots_of(ids_ptr, ids, num_kept, KEPT, CHUNK)
+            outside = 1.0 - mass_q
+            if mass_q > 0.5:
+                outside = _sum_outside(
+                    logits_ptr, bias_ptr, ids, vocab, top_z, log_q, inverse_q, logit_scale, softcap, HAS_BIAS,
+                    HAS_CAP, BLOCK,
+                )  # fmt: skip
+                # An id that stands twice counts twice among the kept ones.
+                outside -= tl.sum(tl.where(slots > 1.0, q_k * (1.0 - 1.0 / slots), 0.0), 0)
+            tail_q = tl.where(outside < tail_floor, tail_floor, outside)
+            floored = tl.maximum(tail, tail_floor)
+            # An entry that stands in n slots has the slope (once + (n - 1) again) q and its corrections; `factor` is
+            # that of n = 0. Were each slot to add its `again` to `factor`, they would cancel where the student is sure.
             if REVERSE:
-                away = -tl.log(gain)
-                divergence = tl.sum(times(q_k, log_q_k - log_t), 0) + tail_q * away
-                factor = away - divergence
+                again = tl.log(floored / tail_q)
+                divergence = tl.sum(times(q_k, log_q_k - log_t), 0) - tail_q * again
+                once, excess = -divergence, 0.0
             else:
-                divergence += floored * tl.log(gain)
-                factor = 1.0 - gain
+                again = floored / tail_q
+                divergence += floored * tl.log(again)
+                once, excess = 1.0, over - floored
+            factor = once - again
             teacher_entropy -= xlogx(tail)
         elif KIND == "both_renormalized":
             some = others < vocab
@@ -198,8 +252,17 @@ def distill_sparse_kernel(
         by_others = miss_q < 0.5
         delta = _correction(REVERSE, ids, log_q_k, log_t, gain, away, extra)
         delta = tl.sum(tl.where((ids == label) != by_others, delta, 0.0), 0)
-        slope_others = -(factor * miss_q + constant * (vocab - 1) + delta)
-        slope_y = tl.where(by_others, slope_others, factor * tl.exp(log_q_y) + constant + at_label + delta)
+        if KIND == "tail_bucket":
+            n_y, q_y = tl.sum(tl.where(ids == label, 1.0, 0.0), 0), tl.exp(log_q_y)
+            further = (n_y - 1.0) * q_y
+            # What is neither kept nor the label. A floor or a mass above 1 leaves an excess.
+            rest = tl.where(n_y > 0.0, tail_q + further, miss_q - mass_q)
+            slope_others = excess - once * miss_q - delta + again * rest
+            slope_y = once * q_y + again * further + delta
+        else:
+            slope_others = -(factor * miss_q + constant * (vocab - 1) + delta)
+            slope_y = factor * tl.exp(log_q_y) + constant + at_label + delta
+        slope_y = tl.where(by_others, slope_others, slope_y)
 
     lse = top_z + log_1
     if WANT_GRAD:
@@ -215,7 +278,10 @@ def distill_sparse_kernel(
             of_label -= soft * at_label
             # Corrections of an id that stands in several slots add up: each slot looks for its equals, so that all
             # of them hold the entry's final gradient and it does not matter which is stored last.
-            added = tl.zeros([KEPT], tl.float32)
+            if KIND == "tail_bucket":
+                added, of_kept_q = (once + (slots - 1.0) * again) * q_k, 0.0
+            else:
+                added, of_kept_q = tl.zeros([KEPT], tl.float32), of_q
             for start in range(0, num_kept, CHUNK):
                 same_ids, same_z, same_t = _load_kept(
                     logits_ptr, ids_ptr, logprobs_ptr, bias_ptr, start + tl.arange(0, CHUNK), num_kept, vocab,
@@ -242,7 +308,7 @@ def distill_sparse_kernel(
             # Behind the barrier the row is complete, and its kept entries are stored once more, not added to.
             tl.debug_barrier()
             g = _dense_grad(
-                z_k, ids == label, top_z, log_1, log_q, inverse_q, of_q1, of_q, of_all, of_label, added, scale,
+                z_k, ids == label, top_z, log_1, log_q, inverse_q, of_q1, of_kept_q, of_all, of_label, added, scale,
                 logit_scale, softcap, TEMPERED, HAS_CAP,
             )  # fmt: skip
             tl.store(grad_ptr + ids, g.to(grad_ptr.dtype.element_ty), mask=ids >= 0)

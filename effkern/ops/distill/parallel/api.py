@@ -97,12 +97,13 @@ def vocab_parallel_distill_loss(
         RuntimeError: no process group.
 
     Communication: per chunk of rows one MAX of 2 numbers per row and one SUM of 3 (2 at temperature 1), in float32;
-    with a sparse teacher 1 and 2 + K, cross entropy alone 1 and 1. To these come, in MAX and SUM, 0 and 1 for reverse
-    and symmetric KL, 2 and 4 for decoupled_kl, 2 and 5 for centered and zscored mse, 0 and 3 for cosine. jsd, skewed KL
-    and tvd need one more SUM, of 1, as their gradient takes a sum over normalised p and q. Per call one SUM of 13 N
-    statistics, and one of the gradient of `hidden` (sequence_parallel: a gather and a scatter). Forward KL at a
-    temperature: 72 bytes per token, and D numbers in the type of `hidden` with a gradient: 8192 bytes for D = 4096 in
-    bfloat16. Divergences are summed in their non-negative form, after normalisation, and travel with the statistics.
+    with a sparse teacher 1 and 2 + K (3 + K with a tail bucket), cross entropy alone 1 and 1. To these come, in MAX and
+    SUM, 0 and 1 for reverse and symmetric KL of a dense teacher, 2 and 4 for decoupled_kl, 2 and 5 for centered and
+    zscored mse, 0 and 3 for cosine. jsd, skewed KL and tvd need one more SUM, of 1, as their gradient takes a sum over
+    normalised p and q. Per call one SUM of 13 N statistics, and one of the gradient of `hidden` (sequence_parallel: a
+    gather and a scatter). Forward KL at a temperature: 72 bytes per token, and D numbers in the type of `hidden` with a
+    gradient: 8192 bytes for D = 4096 in bfloat16. Divergences are summed in their non-negative form, after
+    normalisation, and travel with the statistics.
 
     Memory: as there, with V_r for V; N x V_r never exists. The first call gathers about a kilobyte per rank and, on
     CUDA, waits for it. Keep it out of traced code by torch.compiler.disable. Deterministic if the reductions are.

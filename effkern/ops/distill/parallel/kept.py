@@ -22,15 +22,31 @@ def logits(x: Slice) -> Tensor:
     return pick(x.z_Rv, x.ids_RK - x.start, _here(x, x.ids_RK))
 
 
-def target(x: Slice, log_q_RK: Tensor, options: RowOptions) -> Kept:
-    """The kept entries, from the student's log-probabilities at them. `ids` count over the whole vocabulary."""
+def _times(x: Slice) -> Tensor:
+    """In how many slots an entry of this slice stands, [R, v]."""
+    assert x.ids_RK is not None
+    one = torch.ones_like(x.ids_RK, dtype=x.z_Rv.dtype)
+    return add_at(torch.zeros_like(x.z_Rv), x.ids_RK - x.start, _here(x, x.ids_RK), one)
+
+
+def outside(x: Slice, mass_Rv: Tensor) -> Tensor:
+    """This slice's part of the mass off the kept entries, [R]: one minus the kept sum would cancel."""
+    return ((1 - _times(x)) * mass_Rv).sum(-1)
+
+
+def target(x: Slice, log_q_RK: Tensor, outside_R: Tensor | None, options: RowOptions) -> Kept:
+    """The kept entries, from the student's log-probabilities at them. `ids` count over the whole vocabulary.
+
+    `outside_R`: q off the kept entries, of a tail bucket.
+    """
     assert x.ids_RK is not None
     assert x.logprobs_RK is not None
     filled = x.ids_RK >= 0
     # The K entries are a vocabulary of their own here; ids come back afterwards.
     places = torch.where(filled, torch.arange(filled.shape[1], device=filled.device), -1)
     own = sparse.gather(log_q_RK, places, x.logprobs_RK, x.label_R1, options)
-    return own._replace(ids=x.ids_RK, is_label=filled & (x.ids_RK == x.label_R1), outside=1 - own.q.sum(-1))
+    own = own._replace(ids=x.ids_RK, is_label=filled & (x.ids_RK == x.label_R1))
+    return own if outside_R is None else own._replace(outside=outside_R)
 
 
 def _others(x: Slice, kept: Kept) -> tuple[Tensor, Tensor]:
@@ -42,7 +58,9 @@ def _others(x: Slice, kept: Kept) -> tuple[Tensor, Tensor]:
 def slope(x: Slice, kept: Kept, q_Rv: Tensor, options: RowOptions) -> Tensor:
     """dD / d(z / T) on this slice, [R, v]."""
     c = sparse.coefficients(kept, x.vocab, options)
-    result = add_at(c.factor * q_Rv + c.constant, kept.ids - x.start, _here(x, kept.ids), c.delta)
+    times = _times(x) if options.teacher == "tail_bucket" else None
+    dense, delta = sparse.slope_parts(kept, c, q_Rv, times, options)
+    result = add_at(dense, kept.ids - x.start, _here(x, kept.ids), delta)
     return add_at(result, x.y_R1, x.own_R[:, None], c.at_label)
 
 

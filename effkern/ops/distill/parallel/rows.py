@@ -51,6 +51,8 @@ def sums(x: Slice, top: Columns, options: RowOptions) -> Columns:
         total["z"] = a.exp().sum(-1)
     if x.ids_RK is not None:
         total["kept_z"] = kept.logits(x)
+        if options.teacher == "tail_bucket":
+            total["outside"] = kept.outside(x, a.exp())
     if x.u_Rv is None:
         return total
     b = _shifted(x.u_Rv, top["u"]) / (1.0 if options.teacher == "logprobs" else t_p)
@@ -148,7 +150,8 @@ def finish(
         agreement = both.any(-1).to(zero.dtype)
     elif x.ids_RK is not None:
         log_q_at = (total["kept_z"] - top["z"][:, None]) / o.temperature - total.get("z", total["z1"]).log()[:, None]
-        target = kept.target(x, log_q_at, o)
+        outside = total["outside"] / total.get("z", total["z1"]) if "outside" in total else None
+        target = kept.target(x, log_q_at, outside, o)
         soft = kept.slope(x, target, log_q.exp(), o)
         kd = kept.share(x, target, log_q, o)
         teacher_lse, log_p_y, teacher_entropy, teacher_hit, agreement = (
