@@ -56,6 +56,21 @@ struct Matrix {
   Matrix at(int64_t row, int64_t column) const { return {data + row * stride + column, stride}; }
 };
 
+// out (+)= a b, [rows, columns], where `depth` is the length of the sums. Each operand lies as its function says.
+struct Product {
+  Matrix a, b;
+  int64_t rows, columns, depth;
+  float* out;
+  int64_t out_stride;
+  // Add to `out` instead of overwriting it.
+  bool add;
+};
+
+// Products per task below which handing it out costs more than it saves, about 10 microseconds.
+constexpr int64_t kGrain = 1 << 20;
+
+inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
 // kRows rows, packed along their length: panel[pair][row]. Only for an operand that is small beside the product.
 inline void pack_rows(Matrix x, int rows, int64_t depth, uint32_t* panel) {
   for (int i = 0; i < kRows; ++i) {

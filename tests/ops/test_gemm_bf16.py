@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,12 +13,17 @@ from effkern.ops.distill import gemm, gemm_schema
 from tests.numerics import rel_err
 
 OPS = torch.ops.effkern
-# C rows, V vocabulary, D hidden size. The kernel computes 8 x 48 results; the depth goes in pairs and in blocks of 2048
-# (D, in bf16_mm_nt_) and 1024 (C, in bf16_add_tn_); a thread packs 32 * 8 columns of V at a time (bf16_add_tn_).
+KERNELS = [name for name in gemm_schema.KERNELS if name != "none"]
+# C rows, V vocabulary, D hidden size. The AVX-512 kernel computes 8 x 48 results; the depth goes in pairs and in blocks
+# of 2048 (D, in bf16_mm_nt_) and 1024 (C, in bf16_add_tn_); a thread packs 32 * 8 columns of V at a time
+# (bf16_add_tn_). The AMX kernel computes 32 x 32 results; the depth goes in steps of 32 and in blocks of 2048; a thread
+# packs 4 * 32 lines of V at a time.
 SHAPES = {
     "one": (1, 1, 1),
     "one_block": (8, 48, 32),
     "one_vector": (16, 16, 48),
+    "tiles": (64, 256, 64),
+    "beyond_a_tile": (17, 33, 65),
     "tails": (9, 49, 33),
     "odd": (7, 31, 5),
     "narrow": (3, 65, 2),
@@ -29,10 +35,18 @@ SHAPES = {
 EMPTY = {"no_rows": (0, 5, 4), "no_vocabulary": (3, 0, 4), "no_depth": (3, 5, 0)}
 
 
-@pytest.fixture(autouse=True, params=["cpp"])
-def _kernel(request) -> None:
+@pytest.fixture(autouse=True, params=KERNELS, ids=[f"cpp-{name}" for name in KERNELS])
+def _kernel(request) -> Iterator[None]:
     if not gemm_schema.bf16_gemm():
         pytest.skip(native.load("_C") or "this CPU does not multiply bfloat16")
+    before = gemm_schema.kernel()
+    try:
+        gemm_schema.choose(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error).partition("\n")[0])
+    assert gemm_schema.kernel() == request.param
+    yield
+    gemm_schema.choose(before)
 
 
 def inputs(c: int, v: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
