@@ -1,7 +1,7 @@
 // float32 out (+)= a b from bfloat16 operands by tdpbf16ps, for CPUs whose AMX multiplies bfloat16.
 //
-// tdpbf16ps multiplies a tile of 16 lines of `a` by one of 16 lines of `b`, 32 deep. Like vdpbf16ps it rounds to nearest
-// even and takes and gives subnormal numbers as zero, whatever the thread's floating-point mode is.
+// tdpbf16ps multiplies a tile of 16 lines of `a` by one of 16 lines of `b`, 32 deep. Like vdpbf16ps it rounds to
+// nearest even and takes and gives subnormal numbers as zero, whatever the thread's floating-point mode is.
 #pragma once
 
 #include "cpu/gemm_bf16.h"

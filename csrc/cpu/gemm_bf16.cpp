@@ -62,6 +62,7 @@ using bf16::kLanes;
 using bf16::kRows;
 using bf16::Matrix;
 using bf16::Panels;
+using bf16::Prefetch;
 using bf16::Product;
 
 // Depth of a block, such that its panels stay in the second-level cache: one of b (192 KiB) in bf16_mm_nt_; one of b
@@ -83,23 +84,6 @@ bf16::Block block(const Product& p, int64_t row, int64_t column, bool first_dept
 }
 
 int vectors(int width) { return (width + kLanes - 1) / kLanes; }
-
-// Fetches the rows of a block of b into the second-level cache, in as many shares as are asked for.
-class Prefetch {
- public:
-  Prefetch(Matrix x, int64_t rows, int64_t depth, int64_t shares)
-      : x_(x), lines_(ceil_div(depth, kLine)), end_(rows * lines_), share_(ceil_div(end_, shares)) {}
-  void share() {
-    for (const int64_t stop = std::min(next_ + share_, end_); next_ < stop; ++next_)
-      __builtin_prefetch(x_.data + next_ / lines_ * x_.stride + next_ % lines_ * kLine, 0, 2);
-  }
-
- private:
-  // Elements of a cache line.
-  static constexpr int64_t kLine = 32;
-  Matrix x_;
-  int64_t lines_, end_, share_, next_ = 0;
-};
 
 // a [rows, depth], b [columns, depth]. All of a is packed at first; each thread walks over b a panel at a time, and
 // fetches the next meanwhile: 5% at 256 rows, 20% at 32.
