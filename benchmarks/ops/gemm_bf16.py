@@ -2,6 +2,7 @@
 
     python -m benchmarks.ops.gemm_bf16                                    logits and weight gradient of one chunk
     python -m benchmarks.ops.gemm_bf16 --rows 255 --dims 511 --vocab 31999
+    python -m benchmarks.ops.gemm_bf16 --kernel avx512_bf16               not the fastest that this CPU runs
 
 Process CPU time, the least of several rounds in which the variants take turns. "widened" is what the loss does where
 the CPU does not multiply bfloat16. "add" adds to a float32 total, "first" overwrites it.
@@ -89,23 +90,27 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--kernel", choices=[name for name in gemm_schema.KERNELS if name != "none"])
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
     a = parser.parse_args()
     if not gemm_schema.bf16_gemm():
         raise SystemExit("effkern._C is not built, or this CPU does not multiply bfloat16 (AVX512-BF16)")
+    if a.kernel:
+        gemm_schema.choose(a.kernel)
+    kernel = gemm_schema.kernel()
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
     check(33, 1999, 130)
     if not a.json:
         print(json.dumps(runner.machine()))
-        print("CPU time of torch.mm in ms, of the others as ratios to it")
+        print(f"kernel {kernel}: CPU time of torch.mm in ms, of the others as ratios to it")
         print("| rows | dim | torch.mm, logits | torch.mm, gradient | " + " | ".join(RATIOS) + " |")
         print("|---" * (4 + len(RATIOS)) + "|")
     for rows in a.rows:
         for dim in a.dims:
             cpu = measure(rows, dim, a.vocab, a.rounds)
             if a.json:
-                case = {"rows": rows, "dim": dim, "vocab": a.vocab}
+                case = {"kernel": kernel, "rows": rows, "dim": dim, "vocab": a.vocab}
                 print(json.dumps({"benchmark": "gemm_bf16", **case, "cpu": cpu, **runner.machine()}), flush=True)
                 continue
             floors = [f"{cpu[name] * 1e3:.1f}" for name in ("torch.mm, logits", "torch.mm, gradient")]

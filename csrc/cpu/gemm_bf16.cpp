@@ -1,4 +1,4 @@
-// effkern::bf16_mm_nt_, effkern::bf16_add_tn_ and effkern::bf16_gemm: bfloat16 products with float32 results.
+// effkern::bf16_mm_nt_, effkern::bf16_add_tn_: bfloat16 products with float32 results, and which kernel computes them.
 #include "cpu/gemm_bf16.h"
 
 #include <torch/csrc/stable/library.h>
@@ -8,6 +8,9 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <atomic>
+
+#include "cpu/gemm_amx.h"
 
 namespace effkern {
 namespace {
@@ -15,14 +18,35 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-bool bf16_gemm() {
+// In the order of gemm_schema.KERNELS, the fastest first.
+enum Kernel : int64_t { kAmx, kAvx512, kNone };
+
+bool runs(int64_t kernel) {
 #if defined(EFFKERN_HAS_BF16)
+  // Either needs AVX-512 to pack its operands.
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#else
-  return false;
+  if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
+    return kernel == kNone;
+#if defined(EFFKERN_HAS_AMX)
+  if (kernel == kAmx) return amx::available();
 #endif
+  return kernel == kAvx512 || kernel == kNone;
+#else
+  return kernel == kNone;
+#endif
+}
+
+std::atomic<int64_t>& chosen() {
+  static std::atomic<int64_t> kernel{runs(kAmx) ? kAmx : runs(kAvx512) ? kAvx512 : kNone};
+  return kernel;
+}
+
+int64_t bf16_gemm_kernel() { return chosen(); }
+
+void bf16_gemm_choose(int64_t kernel) {
+  STD_TORCH_CHECK(kernel >= kAmx && kernel < kNone && runs(kernel), "bf16_gemm_choose: this CPU cannot run the kernel");
+  chosen() = kernel;
 }
 
 bool is_matrix(const Tensor& x, ScalarType type, int64_t rows, int64_t columns) {
@@ -31,11 +55,15 @@ bool is_matrix(const Tensor& x, ScalarType type, int64_t rows, int64_t columns) 
 }
 
 #if defined(EFFKERN_HAS_BF16)
+using bf16::ceil_div;
 using bf16::kColumns;
+using bf16::kGrain;
 using bf16::kLanes;
 using bf16::kRows;
 using bf16::Matrix;
 using bf16::Panels;
+using bf16::Prefetch;
+using bf16::Product;
 
 // Depth of a block, such that its panels stay in the second-level cache: one of b (192 KiB) in bf16_mm_nt_; one of b
 // (96 KiB) and a tile of a (512 KiB) in bf16_add_tn_. A deeper product goes over the result once more per block.
@@ -43,47 +71,19 @@ constexpr int64_t kDepthNT = 2048;
 constexpr int64_t kDepthTN = 1024;
 // Panels of a that a thread packs at a time in bf16_add_tn_. 16 were no faster.
 constexpr int64_t kTilePanels = 32;
-// Products per task below which handing it out costs more than it saves, about 10 microseconds.
-constexpr int64_t kGrain = 1 << 20;
-
-int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
-
 Matrix matrix(const Tensor& x) { return {static_cast<const uint16_t*>(x.const_data_ptr()), x.stride(0)}; }
 
-struct Product {
-  Matrix a, b;
-  int64_t rows, columns, depth;
-  float* out;
-  int64_t out_stride;
-  bool add;
+// Of the panel that starts at `column`.
+int width(const Product& p, int64_t column) {
+  return static_cast<int>(std::min<int64_t>(kColumns, p.columns - column));
+}
 
-  // Of the panel that starts at `column`.
-  int width(int64_t column) const { return static_cast<int>(std::min<int64_t>(kColumns, columns - column)); }
-
-  bf16::Block block(int64_t row, int64_t column, bool first_depth) const {
-    return {out + row * out_stride + column, out_stride, static_cast<int>(std::min<int64_t>(kRows, rows - row)),
-            width(column), add || !first_depth};
-  }
-};
+bf16::Block block(const Product& p, int64_t row, int64_t column, bool first_depth) {
+  return {p.out + row * p.out_stride + column, p.out_stride, static_cast<int>(std::min<int64_t>(kRows, p.rows - row)),
+          width(p, column), p.add || !first_depth};
+}
 
 int vectors(int width) { return (width + kLanes - 1) / kLanes; }
-
-// Fetches the rows of a block of b into the second-level cache, in as many shares as are asked for.
-class Prefetch {
- public:
-  Prefetch(Matrix x, int64_t rows, int64_t depth, int64_t shares)
-      : x_(x), lines_(ceil_div(depth, kLine)), end_(rows * lines_), share_(ceil_div(end_, shares)) {}
-  void share() {
-    for (const int64_t stop = std::min(next_ + share_, end_); next_ < stop; ++next_)
-      __builtin_prefetch(x_.data + next_ / lines_ * x_.stride + next_ % lines_ * kLine, 0, 2);
-  }
-
- private:
-  // Elements of a cache line.
-  static constexpr int64_t kLine = 32;
-  Matrix x_;
-  int64_t lines_, end_, share_, next_ = 0;
-};
 
 // a [rows, depth], b [columns, depth]. All of a is packed at first; each thread walks over b a panel at a time, and
 // fetches the next meanwhile: 5% at 256 rows, 20% at 32.
@@ -96,17 +96,17 @@ void mm_nt(const Product& p) {
   torch::stable::parallel_for(0, ceil_div(p.columns, kColumns), grain, [&](int64_t begin, int64_t end) {
     const Panels b(kColumns * ceil_div(std::min(kDepthNT, p.depth), 2));
     for (int64_t column = begin * kColumns; column < std::min(end * kColumns, p.columns); column += kColumns) {
-      const int width = p.width(column);
+      const int wide = width(p, column);
       int64_t k = 0;
       // Once even without depth: the result is then zero.
       do {
-        const int64_t depth = std::min(kDepthNT, p.depth - k), next = column + width;
-        bf16::pack_wide(p.b.at(column, k), width, vectors(width), depth, b.get());
+        const int64_t depth = std::min(kDepthNT, p.depth - k), next = column + wide;
+        bf16::pack_wide(p.b.at(column, k), wide, vectors(wide), depth, b.get());
         Prefetch prefetch(p.b.at(next, k), std::min<int64_t>(kColumns, p.columns - next), depth, strips);
         for (int64_t row = 0; row < p.rows; row += kRows) {
           prefetch.share();
           bf16::multiply(a.get() + row * pairs + k / 2 * kRows, b.get(), ceil_div(depth, 2),
-                         p.block(row, column, k == 0));
+                         block(p, row, column, k == 0));
         }
         k += kDepthNT;
       } while (k < p.depth);
@@ -119,7 +119,7 @@ void mm_tn(const Product& p) {
   const int64_t pairs = ceil_div(p.depth, 2);
   const Panels b(ceil_div(p.columns, kLanes) * kLanes * pairs);
   for (int64_t j = 0; j < p.columns; j += kColumns)
-    bf16::pack_columns_wide(p.b.at(0, j), p.width(j), vectors(p.width(j)), p.depth,
+    bf16::pack_columns_wide(p.b.at(0, j), width(p, j), vectors(width(p, j)), p.depth,
                             b.get() + j * pairs);
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, p.columns * kRows * p.depth));
   torch::stable::parallel_for(0, ceil_div(p.rows, kRows), grain, [&](int64_t begin, int64_t end) {
@@ -133,8 +133,8 @@ void mm_tn(const Product& p) {
         for (int64_t j = 0; j < p.columns; j += kColumns)
           for (int64_t row = first; row < last; row += kRows)
             bf16::multiply(a.get() + (row - first) / kRows * panel_size,
-                           b.get() + j * pairs + k / 2 * vectors(p.width(j)) * kLanes, ceil_div(depth, 2),
-                           p.block(row, j, k == 0));
+                           b.get() + j * pairs + k / 2 * vectors(width(p, j)) * kLanes, ceil_div(depth, 2),
+                           block(p, row, j, k == 0));
         k += kDepthTN;
       } while (k < p.depth);
     }
@@ -143,7 +143,7 @@ void mm_tn(const Product& p) {
 #endif
 
 void bf16_mm_nt(Tensor out, const Tensor& a, const Tensor& b) {
-  STD_TORCH_CHECK(bf16_gemm(), "bf16_mm_nt_: this CPU has no AVX512-BF16");
+  STD_TORCH_CHECK(chosen() != kNone, "bf16_mm_nt_: this CPU has no AVX512-BF16");
   STD_TORCH_CHECK(a.dim() == 2 && is_matrix(a, ScalarType::BFloat16, a.size(0), a.size(1)) && b.dim() == 2 &&
                       is_matrix(b, ScalarType::BFloat16, b.size(0), a.size(1)),
                   "bf16_mm_nt_: a [C, D] and b [V, D] must be bfloat16 with stride 1 along D");
@@ -151,13 +151,17 @@ void bf16_mm_nt(Tensor out, const Tensor& a, const Tensor& b) {
                   "bf16_mm_nt_: out must be float32 [C, V] with stride 1 along V");
 #if defined(EFFKERN_HAS_BF16)
   if (out.numel() == 0) return;
-  mm_nt({matrix(a), matrix(b), a.size(0), b.size(0), a.size(1), static_cast<float*>(out.mutable_data_ptr()),
-         out.stride(0), false});
+  const Product p{matrix(a), matrix(b), a.size(0), b.size(0), a.size(1), static_cast<float*>(out.mutable_data_ptr()),
+                  out.stride(0), false};
+#if defined(EFFKERN_HAS_AMX)
+  if (chosen() == kAmx) return amx::mm_nt(p);
+#endif
+  mm_nt(p);
 #endif
 }
 
 void bf16_add_tn(Tensor total, const Tensor& g, const Tensor& h, [[maybe_unused]] bool first) {
-  STD_TORCH_CHECK(bf16_gemm(), "bf16_add_tn_: this CPU has no AVX512-BF16");
+  STD_TORCH_CHECK(chosen() != kNone, "bf16_add_tn_: this CPU has no AVX512-BF16");
   STD_TORCH_CHECK(g.dim() == 2 && is_matrix(g, ScalarType::BFloat16, g.size(0), g.size(1)) && h.dim() == 2 &&
                       is_matrix(h, ScalarType::BFloat16, g.size(0), h.size(1)),
                   "bf16_add_tn_: g [C, V] and h [C, D] must be bfloat16 with stride 1 along V and D");
@@ -165,8 +169,12 @@ void bf16_add_tn(Tensor total, const Tensor& g, const Tensor& h, [[maybe_unused]
                   "bf16_add_tn_: total must be float32 [V, D] with stride 1 along D");
 #if defined(EFFKERN_HAS_BF16)
   if (total.numel() == 0 || (g.size(0) == 0 && !first)) return;
-  mm_tn({matrix(g), matrix(h), g.size(1), h.size(1), g.size(0), static_cast<float*>(total.mutable_data_ptr()),
-         total.stride(0), !first});
+  const Product p{matrix(g), matrix(h), g.size(1), h.size(1), g.size(0), static_cast<float*>(total.mutable_data_ptr()),
+                  total.stride(0), !first};
+#if defined(EFFKERN_HAS_AMX)
+  if (chosen() == kAmx) return amx::mm_tn(p);
+#endif
+  mm_tn(p);
 #endif
 }
 
@@ -178,5 +186,6 @@ STABLE_TORCH_LIBRARY_IMPL(effkern, CPU, m) {
   m.impl("bf16_add_tn_", TORCH_BOX(&effkern::bf16_add_tn));
 }
 STABLE_TORCH_LIBRARY_IMPL(effkern, CompositeExplicitAutograd, m) {
-  m.impl("bf16_gemm", TORCH_BOX(&effkern::bf16_gemm));
+  m.impl("bf16_gemm_kernel", TORCH_BOX(&effkern::bf16_gemm_kernel));
+  m.impl("bf16_gemm_choose", TORCH_BOX(&effkern::bf16_gemm_choose));
 }

@@ -6,6 +6,7 @@
 // as zero, whatever the thread's floating-point mode is: factors and partial sums below 1.2e-38 are lost.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -54,6 +55,41 @@ struct Matrix {
   const uint16_t* data;
   int64_t stride;
   Matrix at(int64_t row, int64_t column) const { return {data + row * stride + column, stride}; }
+};
+
+// out (+)= a b, [rows, columns], where `depth` is the length of the sums. Each operand lies as its function says.
+struct Product {
+  Matrix a, b;
+  int64_t rows, columns, depth;
+  float* out;
+  int64_t out_stride;
+  // Add to `out` instead of overwriting it.
+  bool add;
+};
+
+// Products per task below which handing it out costs more than it saves, about 10 microseconds.
+constexpr int64_t kGrain = 1 << 20;
+
+inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+// Fetches rows of a matrix into the second-level cache, in as many shares as are asked for.
+class Prefetch {
+ public:
+  Prefetch(Matrix x, int64_t rows, int64_t depth, int64_t shares)
+      : x_(x),
+        lines_(ceil_div(depth, kLine)),
+        end_(rows * lines_),
+        share_(ceil_div(end_, std::max<int64_t>(1, shares))) {}
+  void share() {
+    for (const int64_t stop = std::min(next_ + share_, end_); next_ < stop; ++next_)
+      __builtin_prefetch(x_.data + next_ / lines_ * x_.stride + next_ % lines_ * kLine, 0, 2);
+  }
+
+ private:
+  // Elements of a cache line.
+  static constexpr int64_t kLine = 32;
+  Matrix x_;
+  int64_t lines_, end_, share_, next_ = 0;
 };
 
 // kRows rows, packed along their length: panel[pair][row]. Only for an operand that is small beside the product.

@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,27 +13,41 @@ from effkern.ops.distill import gemm, gemm_schema
 from tests.numerics import rel_err
 
 OPS = torch.ops.effkern
-# C rows, V vocabulary, D hidden size. The kernel computes 8 x 48 results; the depth goes in pairs and in blocks of 2048
-# (D, in bf16_mm_nt_) and 1024 (C, in bf16_add_tn_); a thread packs 32 * 8 columns of V at a time (bf16_add_tn_).
+KERNELS = [name for name in gemm_schema.KERNELS if name != "none"]
+# C rows, V vocabulary, D hidden size. The AVX-512 kernel computes 8 x 48 results; the depth goes in pairs and in blocks
+# of 2048 (D, in bf16_mm_nt_) and 1024 (C, in bf16_add_tn_); a thread packs 32 * 8 columns of V at a time
+# (bf16_add_tn_). The AMX kernel computes 32 x 32 results; the depth goes in steps of 32 and in blocks of 2048; a thread
+# packs 4 * 32 lines of V at a time; in bf16_add_tn_ the order is another if hidden exceeds 1 MiB.
 SHAPES = {
     "one": (1, 1, 1),
     "one_block": (8, 48, 32),
     "one_vector": (16, 16, 48),
+    "tiles": (64, 256, 64),
+    "beyond_a_tile": (17, 33, 65),
     "tails": (9, 49, 33),
     "odd": (7, 31, 5),
     "narrow": (3, 65, 2),
     "several_tiles": (17, 777, 51),
     "several_depths_of_logits": (10, 70, 2 * 2048 + 3),
     "several_depths_of_gradient": (2 * 1024 + 1, 70, 40),
+    "large_hidden": (2 * 1024 + 1, 70, 300),
     "real_vocabulary": (24, 32000, 16),
 }
 EMPTY = {"no_rows": (0, 5, 4), "no_vocabulary": (3, 0, 4), "no_depth": (3, 5, 0)}
 
 
-@pytest.fixture(autouse=True, params=["cpp"])
-def _kernel(request) -> None:
+@pytest.fixture(autouse=True, params=KERNELS, ids=[f"cpp-{name}" for name in KERNELS])
+def _kernel(request) -> Iterator[None]:
     if not gemm_schema.bf16_gemm():
         pytest.skip(native.load("_C") or "this CPU does not multiply bfloat16")
+    before = gemm_schema.kernel()
+    try:
+        gemm_schema.choose(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error).partition("\n")[0])
+    assert gemm_schema.kernel() == request.param
+    yield
+    gemm_schema.choose(before)
 
 
 def inputs(c: int, v: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,6 +92,16 @@ def test_weight_gradient(shape):
     OPS.bf16_add_tn_(total, grad, hidden, False)
     check(total, grad.t(), hidden, before.double())
     assert total.as_strided((shape[1], 3), (shape[2] + 3, 1), shape[2]).isnan().all()
+
+
+def test_large_results():
+    """From 8 MiB on the AMX kernel writes whole lines of 64 bytes past the caches; the last columns are none."""
+    hidden, weight, grad = inputs(70, 32016, 80)
+    out, total = torch.full((70, 32016), torch.nan), torch.full((32016, 80), torch.nan)
+    OPS.bf16_mm_nt_(out, hidden, weight)
+    check(out, hidden, weight.t())
+    OPS.bf16_add_tn_(total, grad, hidden, True)
+    check(total, grad.t(), hidden)
 
 
 def test_sums_of_whole_numbers_are_exact():

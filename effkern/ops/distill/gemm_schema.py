@@ -10,8 +10,12 @@ from torch import Tensor
 
 from effkern import native
 
+# In the order of the numbers in csrc/cpu/gemm_bf16.cpp, the fastest first.
+KERNELS = ("amx", "avx512_bf16", "none")
+
 _library = torch.library.Library("effkern", "FRAGMENT")
-_library.define("bf16_gemm() -> bool")
+_library.define("bf16_gemm_kernel() -> int")
+_library.define("bf16_gemm_choose(int kernel) -> ()")
 # out = a b^T, [C, V] = [C, D] [V, D]^T
 _library.define("bf16_mm_nt_(Tensor(a!) out, Tensor a, Tensor b) -> ()")
 # total = g^T h if `first`, else total += g^T h; [V, D] = [C, V]^T [C, D]
@@ -31,4 +35,14 @@ def _fake_add_tn(total: Tensor, g: Tensor, h: Tensor, first: bool) -> None:
 @cache
 def bf16_gemm() -> bool:
     """Whether these operators run here: effkern._C is built and this CPU multiplies bfloat16 (AVX512-BF16)."""
-    return native.load("_C") is None and torch.ops.effkern.bf16_gemm()
+    return kernel() != "none"
+
+
+def kernel() -> str:
+    """The kernel behind both operators, of KERNELS: the fastest that runs here, unless another was chosen."""
+    return "none" if native.load("_C") else KERNELS[torch.ops.effkern.bf16_gemm_kernel()]
+
+
+def choose(kernel: str) -> None:
+    """Let another kernel compute the products of this process, to test or to time it; RuntimeError if it cannot."""
+    torch.ops.effkern.bf16_gemm_choose(KERNELS.index(kernel))
