@@ -1,219 +1,359 @@
-// effkern::laurel_forward_rows_, laurel_backward_rows_ and laurel_grad_x_ on CPU: the stable-ABI side of laurel_rows.h.
+// effkern::laurel_forward_chunks_ and laurel_backward_chunks_: the LAuReL residual, one chunk of rows per thread at a time.
+//
+//   N tokens, D channels, S columns of A (down), R rows of B (up), P look-ahead products of earlier layers
+//
+// A chunk stays in a thread's second-level cache between its products and the passes over its rows. How rows are cut
+// does not depend on the number of threads. Sums over tokens are made per group of chunks and added up in order.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include <optional>
+#include <type_traits>
+#include <utility>
 
-#include "cpu/clones.h"
-#include "cpu/laurel_rows.h"
+#include "cpu/laurel_operands.h"
 
 namespace effkern {
 namespace laurel {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
-
+// Bytes of x in a chunk. With y and the matrices it shares 1 or 2 MiB of cache.
+constexpr int64_t kChunkBytes = 1 << 19;
 // Elements below which handing a task to another thread costs more than it saves, about 10 microseconds.
 constexpr int64_t kGrain = 1 << 15;
+// Chunks that a forward pass of few rows is still cut into, and groups of a backward pass.
+constexpr int64_t kChunks = 8, kGroups = 16, kNarrowGroups = 64;
 
-template <typename T>
-constexpr ScalarType type_of() {
-  return sizeof(T) == sizeof(float) ? ScalarType::Float : ScalarType::BFloat16;
-}
+int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-// A dimension of one element has a stride that nobody uses.
-bool packed(const Tensor& x, int64_t dim) { return x.size(dim) <= 1 || x.stride(dim) == 1; }
-
-struct Shape {
-  int64_t rows, dim;
+// [begin, end) in about `parts` parts of whole strips.
+struct Cut {
+  int64_t begin, end, step;
+  Cut(int64_t begin, int64_t end, int64_t parts)
+      : begin(begin), end(end), step(std::max(kStrip, ceil_div(ceil_div(end - begin, parts), kStrip) * kStrip)) {}
+  int64_t parts() const { return ceil_div(end - begin, step); }
+  int64_t first(int64_t i) const { return begin + i * step; }
+  int64_t last(int64_t i) const { return std::min(begin + (i + 1) * step, end); }
 };
 
 template <typename T>
-Rows<T> matrix(const Tensor& x, const Shape& shape) {
-  STD_TORCH_CHECK(x.scalar_type() == type_of<T>() && x.dim() == 2 && x.size(0) == shape.rows &&
-                      x.size(1) == shape.dim && packed(x, 1),
-                  "laurel: operands must be [rows, D] like x, of its dtype (g: float32), with stride 1 along D");
-  return {static_cast<T*>(x.data_ptr()), x.stride(0)};
+int64_t least_chunks(int64_t rows, int64_t dim) {
+  return std::max<int64_t>(1, ceil_div(rows, std::max<int64_t>(32, kChunkBytes / (dim * static_cast<int64_t>(sizeof(T))))));
 }
 
 template <typename T>
-Rows<T> matrix(const Optional& x, const Shape& shape) {
-  return x ? matrix<T>(*x, shape) : Rows<T>();
-}
-
-template <typename T>
-std::vector<Rows<T>> matrices(const std::vector<Tensor>& given, const Shape& shape) {
-  std::vector<Rows<T>> result;
-  for (const Tensor& x : given) result.push_back(matrix<T>(x, shape));
-  return result;
-}
-
-float* vector(const Optional& x, int64_t size) {
-  if (!x) return nullptr;
-  STD_TORCH_CHECK(x->scalar_type() == ScalarType::Float && x->dim() == 1 && x->size(0) == size && packed(*x, 0),
-                  "laurel: rstd, norm weight and its gradient must be packed float32 [rows] and [D]");
-  return static_cast<float*>(x->data_ptr());
-}
-
-Factor factor(const Tensor& x, int64_t dim) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.dim() == 1 && (x.size(0) == 1 || x.size(0) == dim) &&
-                      packed(x, 0),
-                  "laurel: alpha and beta must be packed float32 [1] or [D]");
-  return {static_cast<const float*>(x.data_ptr()), x.size(0) > 1};
-}
-
-std::vector<Factor> factors(const Optional& x, size_t count, int64_t dim) {
-  std::vector<Factor> result;
-  if (count == 0) return result;
-  STD_TORCH_CHECK(x && x->scalar_type() == ScalarType::Float && x->dim() == 2 &&
-                      x->size(0) == static_cast<int64_t>(count) && (x->size(1) == 1 || x->size(1) == dim) &&
-                      packed(*x, 1),
-                  "laurel: coefficients must be float32 [addends, 1] or [addends, D] with stride 1 along D");
-  const float* values = static_cast<const float*>(x->data_ptr());
-  for (size_t j = 0; j < count; ++j) result.push_back({values + j * x->stride(0), x->size(1) > 1});
-  return result;
-}
-
-// GCC clones functions, not templates.
-#define EFFKERN_LOOPS(T)                                                                                    \
-  EFFKERN_CLONES void forward_rows(const Forward<T>& a, int64_t begin, int64_t end) {                       \
-    for (int64_t r = begin; r < end; ++r) forward_row(a, r);                                                \
-  }                                                                                                         \
-  EFFKERN_CLONES void backward_rows(const Backward<T>& a, int64_t begin, int64_t end, float* norm_weight,   \
-                                    double* sums) {                                                         \
-    for (int64_t r = begin; r < end; ++r) backward_row(a, r, norm_weight, sums);                            \
-  }                                                                                                         \
-  EFFKERN_CLONES void grad_x_rows(const GradX<T>& a, int64_t begin, int64_t end) {                          \
-    for (int64_t r = begin; r < end; ++r) grad_x_row(a, r);                                                 \
-  }
-EFFKERN_LOOPS(float)
-EFFKERN_LOOPS(BFloat16)
-#undef EFFKERN_LOOPS
-
-int64_t grain(int64_t elements) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements)); }
-
-// Runs every strip into partial sums of its own, and adds these up in order.
-template <typename T>
-void run(const Backward<T>& a, float* norm_weight, double* sums, int64_t sums_stride) {
-  const int64_t strips = (a.rows + kStrip - 1) / kStrip;
-  const int64_t weights = a.sum_norm_weight ? a.dim : 0, columns = a.sum_per_channel ? a.dim : 1;
-  const int64_t others = static_cast<int64_t>(a.others.size()), count = others * columns;
-  std::vector<float> part_weight(strips * weights);
-  std::vector<double> part_sums(strips * count);
-  torch::stable::parallel_for(0, strips, grain(kStrip * a.dim), [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s)
-      backward_rows(a, s * kStrip, std::min((s + 1) * kStrip, a.rows), part_weight.data() + s * weights,
-                    part_sums.data() + s * count);
+void forward_chunks(ForwardRows<T> a, const LowRank<T>& l, Rows<T> own, int64_t rows) {
+  const int64_t parts = std::min(kChunks, std::max<int64_t>(1, rows * a.dim / kGrain));
+  const Cut chunks(0, rows, std::max(parts, least_chunks<T>(rows, a.dim)));
+  if (l.rank > 0) a.low_rank = {a.y.data, a.y.stride};
+  torch::stable::parallel_for(0, chunks.parts(), 1, [&](int64_t begin, int64_t end) {
+    Small<T> s(l, chunks.step);
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t first = chunks.first(c), count = chunks.last(c) - first;
+      if (l.columns > 0) multiply(matrix_of(own, first, count, l.columns), matrix_of(a.x, first, count, a.dim), l.down);
+      if (l.rank > 0) {
+        const Rows<const T> known{own.data, own.stride};
+        multiply(matrix_of(a.y, first, count, a.dim), scaled(l, join(l, known, first, count, s), s), l.up);
+      }
+      forward_rows(a, first, first + count);
+    }
   });
-  for (int64_t s = 0; s < strips; ++s) {
-    for (int64_t v = 0; v < weights; ++v) norm_weight[v] += part_weight[s * weights + v];
+}
+
+template <typename T>
+struct BackwardProblem {
+  BackwardRows<T> rows;
+  LowRank<T> low;
+  Rows<const T> x, own, grad_own;
+  Rows<T> grad_past;
+  int64_t num_rows;
+
+  bool reaches_down() const { return low.columns > 0 && (grad_own || low.own > 0); }
+};
+
+// Where a group of chunks adds up its sums over tokens.
+struct Sums {
+  float *down = nullptr, *up = nullptr, *gram = nullptr, *norm_weight = nullptr;
+  double* others = nullptr;
+};
+
+template <typename T>
+struct BackwardScratch {
+  Small<T> small;
+  Buffer<float> g, weighted, norm_weight;
+  Buffer<T> rounded, q, grad_u, part;
+
+  BackwardScratch(const BackwardProblem<T>& p, int64_t rows)
+      : small(p.low, rows),
+        g((p.low.rank > 0 || p.reaches_down() ? rows : 1) * p.low.dim),
+        weighted(p.low.gram.values ? rows * p.low.rank : 0),
+        norm_weight(p.low.dim),
+        rounded(p.low.rank > 0 ? rows * p.low.dim : 0),
+        q(rows * p.low.rank),
+        grad_u(rows * p.low.columns),
+        part(std::is_same_v<T, float> ? 0 : std::max(p.low.rank, p.low.columns) * p.low.dim) {}
+};
+
+// g, and what follows from it per element, of a chunk; returns g as an operand of products.
+template <typename T>
+Rows<const T> backward_pass(const BackwardProblem<T>& p, int64_t first, int64_t last, const Sums& sums,
+                            BackwardScratch<T>& s, BackwardRows<T>& a) {
+  const int64_t dim = p.low.dim;
+  const bool unit = a.alpha.is_one(), as_matrix = p.low.rank > 0;
+  Rows<const T> matrix;
+  if constexpr (std::is_same_v<T, float>) {
+    a.g = as_matrix ? Rows<float>{s.g.get(), dim, first} : Rows<float>{s.g.get(), 0, 0};
+    if (unit) a.g = std::exchange(a.grad_branch, {});
+    matrix = {a.g.data, a.g.stride, a.g.first};
+  } else {
+    // Its gradient is rounded once, after the product is added.
+    const bool kept = p.reaches_down();
+    a.g = kept ? Rows<float>{s.g.get(), dim, first} : Rows<float>{s.g.get(), 0, 0};
+    if (kept) a.grad_x = {};
+    if (as_matrix) a.rounded = unit ? std::exchange(a.grad_branch, {}) : Rows<T>{s.rounded.get(), dim, first};
+    matrix = {a.rounded.data, a.rounded.stride, a.rounded.first};
+  }
+  for (int64_t r = first; r < last; r += kStrip) {
+    // Two levels, so that the float sums stay short.
+    if (sums.norm_weight) std::fill_n(s.norm_weight.get(), dim, 0.0f);
+    backward_rows(a, r, std::min(r + kStrip, last), s.norm_weight.get(), sums.others);
+    if (sums.norm_weight)
+      for (int64_t v = 0; v < dim; ++v) sums.norm_weight[v] += s.norm_weight.get()[v];
+  }
+  return matrix;
+}
+
+// From q = g B^T the gradient of x A, [C, S], and that of past.
+template <typename T>
+Matrix<const T> small_grads(const BackwardProblem<T>& p, int64_t first, int64_t count, const Matrix<const T>& raw,
+                            float* grad_gram, BackwardScratch<T>& s) {
+  const LowRank<T>& l = p.low;
+  const int64_t rank = l.rank;
+  const float* gram = l.gram.values;
+  const Matrix<const T> q{s.q.get(), count, rank, rank};
+  if (l.rank == 0) return matrix_of(p.grad_own, first, count, l.columns);
+  if (!gram && !l.past && !p.grad_own && l.own == l.columns) return q;
+  for (int64_t n = 0; n < count; ++n) {
+    const T *row = q.data + n * rank, *sent = p.grad_own[first + n];
+    const float *wide = s.small.wide.get() + n * rank, *product = s.small.product.get() + n * rank;
+    float factor = 1.0f, of_square = 0.0f;
+    if (gram) {
+      factor = inverse_rms(l.gram, wide, product);
+      for (int64_t j = 0; j < rank; ++j) of_square += widen(row[j]) * wide[j];
+      of_square *= factor * factor * factor * -0.5f / static_cast<float>(l.dim);
+      for (int64_t j = 0; j < rank; ++j) s.weighted.get()[n * rank + j] = of_square * wide[j];
+    }
+    T *grad_u = s.grad_u.get() + n * l.columns, *grad_past = p.grad_past[first + n];
+    for (int64_t j = 0; j < rank; ++j) {
+      float value = factor * widen(row[j]);
+      if (gram) value += 2.0f * of_square * product[j];
+      if (j < l.own) {
+        store(grad_u[j], sent ? value + widen(sent[j]) : value);
+      } else if (grad_past) {
+        store(grad_past[j - l.own], value);
+      }
+    }
+    for (int64_t j = l.own; j < l.columns; ++j) store(grad_u[j], sent ? widen(sent[j]) : 0.0f);
+  }
+  if (gram) {
+    const Matrix<const float> wide{s.small.wide.get(), raw.rows, rank, rank};
+    add_product({grad_gram, rank, rank, rank}, wide.t(), {s.weighted.get(), raw.rows, rank, rank});
+  }
+  return {s.grad_u.get(), count, l.columns, l.columns};
+}
+
+template <typename T>
+void backward_chunk(const BackwardProblem<T>& p, int64_t first, int64_t last, const Sums& sums,
+                    BackwardScratch<T>& s) {
+  const LowRank<T>& l = p.low;
+  const int64_t count = last - first;
+  BackwardRows<T> a = p.rows;
+  const Rows<const T> g = backward_pass(p, first, last, sums, s, a);
+  Matrix<const T> raw{};
+  if (l.rank > 0) {
+    const Matrix<const T> g_matrix = matrix_of(g, first, count, l.dim);
+    raw = join(l, p.own, first, count, s.small);
+    multiply(Matrix<T>{s.q.get(), count, l.rank, l.rank}, g_matrix, l.up.t());
+    add_weight_grad(sums.up, scaled(l, raw, s.small), g_matrix, s.part.get());
+  }
+  if (l.rank == 0 && !p.reaches_down()) return;
+  const Matrix<const T> grad_u = small_grads(p, first, count, raw, sums.gram, s);
+  if (!p.reaches_down()) return;
+  add_weight_grad(sums.down, matrix_of(p.x, first, count, l.dim), grad_u, s.part.get());
+  const Matrix<T> grad_x = matrix_of(p.rows.grad_x, first, count, l.dim);
+  if constexpr (std::is_same_v<T, float>) {
+    add_product(grad_x, grad_u, l.down.t());
+  } else {
+    multiply(grad_x, grad_u, l.down.t());
+    grad_x_rows(Rows<const float>{a.g.data, a.g.stride, a.g.first}, a.beta, p.rows.grad_x, l.dim, first, last);
+  }
+}
+
+// `total` has been set to zero, or holds what is added to.
+template <typename T>
+void backward_chunks(const BackwardProblem<T>& p, const Sums& total, int64_t sums_stride) {
+  const LowRank<T>& l = p.low;
+  const int64_t dim = l.dim, matrices = l.columns + l.rank;
+  // Partial sums cost as much as the rows they are for if there are too many.
+  const int64_t most = matrices ? std::min(kGroups, p.num_rows / (2 * matrices)) : kNarrowGroups;
+  const Cut groups(0, p.num_rows, std::max<int64_t>(1, std::min(most, p.num_rows * dim / kGrain)));
+  const int64_t of_down = total.down ? dim * l.columns : 0, of_up = dim * l.rank;
+  const int64_t of_gram = total.gram ? l.rank * l.rank : 0, of_norm = total.norm_weight ? dim : 0;
+  const int64_t columns = p.rows.sum_per_channel ? dim : 1, others = static_cast<int64_t>(p.rows.others.size());
+  const int64_t size = of_down + of_up + of_gram + of_norm, parts = groups.parts();
+  // The first group adds to the results themselves.
+  const Buffer<float> partial(std::max<int64_t>(0, parts - 1) * size);
+  std::vector<double> partial_others(parts * others * columns);
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    const int64_t most_chunks = least_chunks<T>(groups.step, dim);
+    BackwardScratch<T> scratch(p, Cut(0, groups.step, most_chunks).step);
+    for (int64_t i = begin; i < end; ++i) {
+      Sums sums = total;
+      if (i > 0) {
+        float* at = partial.get() + (i - 1) * size;
+        std::fill_n(at, size, 0.0f);
+        sums.down = at;
+        sums.up = at + of_down;
+        sums.gram = at + of_down + of_up;
+        sums.norm_weight = of_norm ? at + of_down + of_up + of_gram : nullptr;
+      }
+      sums.others = partial_others.data() + i * others * columns;
+      const Cut chunks(groups.first(i), groups.last(i), most_chunks);
+      for (int64_t c = 0; c < chunks.parts(); ++c)
+        backward_chunk(p, chunks.first(c), chunks.last(c), sums, scratch);
+    }
+  });
+  const auto add_up = [&](float* to, int64_t offset, int64_t count) {
+    torch::stable::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = 1; i < parts; ++i) {
+        const float* from = partial.get() + (i - 1) * size + offset;
+        for (int64_t v = begin; v < end; ++v) to[v] += from[v];
+      }
+    });
+  };
+  add_up(total.down, 0, of_down);
+  add_up(total.up, of_down, of_up);
+  add_up(total.gram, of_down + of_up, of_gram);
+  add_up(total.norm_weight, of_down + of_up + of_gram, of_norm);
+  for (int64_t i = 0; i < parts; ++i)
     for (int64_t j = 0; j < others; ++j)
-      for (int64_t v = 0; v < columns; ++v) sums[j * sums_stride + v] += part_sums[s * count + j * columns + v];
-  }
+      for (int64_t v = 0; v < columns; ++v)
+        total.others[j * sums_stride + v] += partial_others[(i * others + j) * columns + v];
+}
+
+// Of a norm or sums: what comes together.
+void check(bool holds, const char* rule) { STD_TORCH_CHECK(holds, "laurel: ", rule); }
+
+template <typename T>
+void forward_as(const Tensor& branch, const Tensor& x, const Optional& down, const Optional& up, const Optional& past,
+                const Optional& gram, double low_rank_eps, const std::vector<Tensor>& addends, const Tensor& alpha,
+                const Tensor& beta, const Optional& coefficients, const Optional& norm_weight, double norm_eps,
+                const Tensor& y, const Optional& own, const Optional& normed, const Optional& rstd) {
+  const Shape shape{x.size(0), x.size(1)};
+  check(normed.has_value() == norm_weight.has_value() && normed.has_value() == rstd.has_value() &&
+            own.has_value() == down.has_value(),
+        "norm_weight, normed and rstd come together, and so do down and own");
+  const LowRank<T> low(down, up, past, gram, low_rank_eps, shape);
+  const ForwardRows<T> rows{wide<const T>(branch, shape),
+                            wide<const T>(x, shape),
+                            {},
+                            wide<const T>(addends, shape),
+                            factor(alpha, shape.dim),
+                            factor(beta, shape.dim),
+                            factors(coefficients, addends.size(), shape.dim),
+                            vector(norm_weight, shape.dim),
+                            static_cast<float>(norm_eps),
+                            wide<T>(y, shape),
+                            wide<T>(normed, shape),
+                            vector(rstd, shape.rows),
+                            shape.dim};
+  forward_chunks(rows, low, own ? low.template narrow<T>(*own, shape, low.columns) : Rows<T>(), shape.rows);
 }
 
 template <typename T>
-void forward_as(const Tensor& branch, const Tensor& x, const Optional& low_rank, const std::vector<Tensor>& addends,
-                const Tensor& alpha, const Tensor& beta, const Optional& coefficients, const Optional& norm_weight,
-                double norm_eps, const Tensor& y, const Optional& normed, const Optional& rstd) {
+void backward_as(const Optional& grad_y, const Optional& grad_normed, const Optional& grad_own, const Tensor& x,
+                 const Optional& y, const Optional& branch, const Optional& own, const Optional& rstd,
+                 const Optional& down, const Optional& up, const Optional& past, const Optional& gram,
+                 double low_rank_eps, const std::vector<Tensor>& addends, const Tensor& alpha, const Tensor& beta,
+                 const Optional& coefficients, const Optional& norm_weight, const Tensor& grad_branch,
+                 const Tensor& grad_x, const std::vector<Tensor>& grad_addends, const Optional& sums,
+                 const Optional& grad_norm_weight, const Optional& grad_down, const Optional& grad_up,
+                 const Optional& grad_gram, const Optional& grad_past) {
   const Shape shape{x.size(0), x.size(1)};
-  STD_TORCH_CHECK(normed.has_value() == norm_weight.has_value() && normed.has_value() == rstd.has_value(),
-                  "laurel_forward_rows_: norm_weight, normed and rstd come together");
-  const Forward<T> a{matrix<const T>(branch, shape),
-                     matrix<const T>(x, shape),
-                     matrix<const T>(low_rank, shape),
-                     matrices<const T>(addends, shape),
-                     factor(alpha, shape.dim),
-                     factor(beta, shape.dim),
-                     factors(coefficients, addends.size(), shape.dim),
-                     vector(norm_weight, shape.dim),
-                     static_cast<float>(norm_eps),
-                     matrix<T>(y, shape),
-                     matrix<T>(normed, shape),
-                     vector(rstd, shape.rows),
-                     shape.rows,
-                     shape.dim};
-  torch::stable::parallel_for(0, shape.rows, grain(shape.dim),
-                              [&](int64_t begin, int64_t end) { forward_rows(a, begin, end); });
-}
-
-template <typename T>
-void backward_as(const Optional& grad_y, const Optional& grad_normed, const Tensor& x, const Optional& y,
-                 const Optional& branch, const Optional& rstd, const std::vector<Tensor>& addends, const Tensor& alpha,
-                 const Optional& coefficients, const Optional& norm_weight, const Tensor& g, const Optional& rounded,
-                 const Optional& grad_branch, const std::vector<Tensor>& grad_addends, const Optional& sums,
-                 const Optional& grad_norm_weight) {
-  const Shape shape{x.size(0), x.size(1)};
-  STD_TORCH_CHECK(!grad_normed || (y && rstd && norm_weight && grad_norm_weight),
-                  "laurel_backward_rows_: grad_normed needs y, rstd, norm_weight and grad_norm_weight");
-  Backward<T> a{matrix<const T>(grad_y, shape),
-                matrix<const T>(grad_normed, shape),
-                matrix<const T>(y, shape),
-                vector(rstd, shape.rows),
-                vector(norm_weight, shape.dim),
-                factor(alpha, shape.dim),
-                factors(coefficients, grad_addends.size(), shape.dim),
-                matrix<float>(g, shape),
-                matrix<T>(rounded, shape),
-                matrix<T>(grad_branch, shape),
-                matrices<T>(grad_addends, shape),
-                {},
-                false,
-                grad_normed.has_value(),
-                shape.rows,
-                shape.dim};
+  check(!grad_normed || (y && rstd && norm_weight && grad_norm_weight),
+        "grad_normed needs y, rstd, norm_weight and grad_norm_weight");
+  check(own.has_value() == down.has_value() && grad_down.has_value() == down.has_value() &&
+            grad_up.has_value() == up.has_value() && grad_gram.has_value() == gram.has_value() &&
+            grad_past.has_value() == past.has_value() && (down || !grad_own),
+        "down, up, past and gram come with own and with their gradients");
+  BackwardProblem<T> p{{wide<const T>(grad_y, shape),
+                        wide<const T>(grad_normed, shape),
+                        wide<const T>(y, shape),
+                        vector(rstd, shape.rows),
+                        vector(norm_weight, shape.dim),
+                        factor(alpha, shape.dim),
+                        factor(beta, shape.dim),
+                        factors(coefficients, grad_addends.size(), shape.dim),
+                        {},
+                        {},
+                        wide<T>(grad_branch, shape),
+                        wide<T>(grad_x, shape),
+                        wide<T>(grad_addends, shape),
+                        {},
+                        false,
+                        shape.dim},
+                       LowRank<T>(down, up, past, gram, low_rank_eps, shape),
+                       wide<const T>(x, shape),
+                       {},
+                       {},
+                       {},
+                       shape.rows};
+  if (own) p.own = p.low.template narrow<const T>(*own, shape, p.low.columns);
+  if (grad_own) p.grad_own = p.low.template narrow<const T>(*grad_own, shape, p.low.columns);
+  if (grad_past) p.grad_past = p.low.template narrow<T>(*grad_past, shape, p.low.rank - p.low.own);
+  Sums total;
+  int64_t sums_stride = 0;
   if (sums) {
-    const int64_t count = 2 + static_cast<int64_t>(addends.size());
-    STD_TORCH_CHECK(sums->scalar_type() == ScalarType::Double && sums->dim() == 2 && sums->size(0) == count &&
-                        (sums->size(1) == 1 || sums->size(1) == shape.dim) && packed(*sums, 1),
-                    "laurel_backward_rows_: sums must be float64 [2 + addends, 1] or [2 + addends, D]");
-    a.others = matrices<const T>(addends, shape);
-    a.others.insert(a.others.begin(), {branch ? matrix<const T>(branch, shape) : a.y, matrix<const T>(x, shape)});
-    a.sum_per_channel = sums->size(1) > 1;
+    check(sums->scalar_type() == ScalarType::Double && sums->dim() == 2 &&
+              sums->size(0) == 2 + static_cast<int64_t>(addends.size()) &&
+              (sums->size(1) == 1 || sums->size(1) == shape.dim) && packed(*sums, 1),
+          "sums must be float64 [2 + addends, 1] or [2 + addends, D]");
+    p.rows.others = wide<const T>(addends, shape);
+    p.rows.others.insert(p.rows.others.begin(), {branch ? wide<const T>(branch, shape) : p.rows.y, p.x});
+    p.rows.sum_per_channel = sums->size(1) > 1;
+    total.others = static_cast<double*>(sums->data_ptr());
+    sums_stride = sums->stride(0);
   }
-  run(a, vector(grad_norm_weight, shape.dim), sums ? static_cast<double*>(sums->data_ptr()) : nullptr,
-      sums ? sums->stride(0) : 0);
+  total.norm_weight = vector(grad_norm_weight, shape.dim);
+  total.down = packed_matrix(grad_down, shape.dim, p.low.columns);
+  total.up = packed_matrix(grad_up, p.low.rank, shape.dim);
+  total.gram = packed_matrix(grad_gram, p.low.rank, p.low.rank);
+  backward_chunks(p, total, sums_stride);
 }
 
-template <typename T>
-void grad_x_as(const Tensor& g, const Optional& low_rank, const Tensor& beta, const Tensor& out) {
-  const Shape shape{out.size(0), out.size(1)};
-  const GradX<T> a{matrix<const float>(g, shape), matrix<const T>(low_rank, shape), factor(beta, shape.dim),
-                   matrix<T>(out, shape), shape.rows, shape.dim};
-  torch::stable::parallel_for(0, shape.rows, grain(shape.dim),
-                              [&](int64_t begin, int64_t end) { grad_x_rows(a, begin, end); });
-}
-
-// True for bfloat16, false for float32.
 bool is_bfloat16(const Tensor& x) {
   const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(x.dim() == 2 && (type == ScalarType::Float || type == ScalarType::BFloat16),
-                  "laurel: x must be [rows, D], float32 or bfloat16");
+  check(x.dim() == 2 && x.size(1) > 0 && (type == ScalarType::Float || type == ScalarType::BFloat16),
+        "x must be [N, D], float32 or bfloat16");
   return type == ScalarType::BFloat16;
 }
 
-void forward(Tensor branch, Tensor x, Optional low_rank, std::vector<Tensor> addends, Tensor alpha, Tensor beta,
-             Optional coefficients, Optional norm_weight, double norm_eps, Tensor y, Optional normed, Optional rstd) {
-  (is_bfloat16(x) ? forward_as<BFloat16> : forward_as<float>)(branch, x, low_rank, addends, alpha, beta, coefficients,
-                                                              norm_weight, norm_eps, y, normed, rstd);
+void forward(Tensor branch, Tensor x, Optional down, Optional up, Optional past, Optional gram, double low_rank_eps,
+             std::vector<Tensor> addends, Tensor alpha, Tensor beta, Optional coefficients, Optional norm_weight,
+             double norm_eps, Tensor y, Optional own, Optional normed, Optional rstd) {
+  (is_bfloat16(x) ? forward_as<BFloat16> : forward_as<float>)(branch, x, down, up, past, gram, low_rank_eps, addends,
+                                                              alpha, beta, coefficients, norm_weight, norm_eps, y, own,
+                                                              normed, rstd);
 }
 
-void backward(Optional grad_y, Optional grad_normed, Tensor x, Optional y, Optional branch, Optional rstd,
-              std::vector<Tensor> addends, Tensor alpha, Optional coefficients, Optional norm_weight, Tensor g,
-              Optional rounded, Optional grad_branch, std::vector<Tensor> grad_addends, Optional sums,
-              Optional grad_norm_weight) {
-  (is_bfloat16(x) ? backward_as<BFloat16> : backward_as<float>)(grad_y, grad_normed, x, y, branch, rstd, addends, alpha,
-                                                                coefficients, norm_weight, g, rounded, grad_branch,
-                                                                grad_addends, sums, grad_norm_weight);
-}
-
-void grad_x(Tensor g, Optional low_rank, Tensor beta, Tensor out) {
-  (is_bfloat16(out) ? grad_x_as<BFloat16> : grad_x_as<float>)(g, low_rank, beta, out);
+void backward(Optional grad_y, Optional grad_normed, Optional grad_own, Tensor x, Optional y, Optional branch,
+              Optional own, Optional rstd, Optional down, Optional up, Optional past, Optional gram,
+              double low_rank_eps, std::vector<Tensor> addends, Tensor alpha, Tensor beta, Optional coefficients,
+              Optional norm_weight, Tensor grad_branch, Tensor grad_x, std::vector<Tensor> grad_addends, Optional sums,
+              Optional grad_norm_weight, Optional grad_down, Optional grad_up, Optional grad_gram,
+              Optional grad_past) {
+  (is_bfloat16(x) ? backward_as<BFloat16> : backward_as<float>)(
+      grad_y, grad_normed, grad_own, x, y, branch, own, rstd, down, up, past, gram, low_rank_eps, addends, alpha, beta,
+      coefficients, norm_weight, grad_branch, grad_x, grad_addends, sums, grad_norm_weight, grad_down, grad_up,
+      grad_gram, grad_past);
 }
 
 }  // namespace
@@ -221,7 +361,6 @@ void grad_x(Tensor g, Optional low_rank, Tensor beta, Tensor out) {
 }  // namespace effkern
 
 STABLE_TORCH_LIBRARY_IMPL(effkern, CPU, m) {
-  m.impl("laurel_forward_rows_", TORCH_BOX(&effkern::laurel::forward));
-  m.impl("laurel_backward_rows_", TORCH_BOX(&effkern::laurel::backward));
-  m.impl("laurel_grad_x_", TORCH_BOX(&effkern::laurel::grad_x));
+  m.impl("laurel_forward_chunks_", TORCH_BOX(&effkern::laurel::forward));
+  m.impl("laurel_backward_chunks_", TORCH_BOX(&effkern::laurel::backward));
 }

@@ -1,4 +1,7 @@
-// The passes of the LAuReL residual over rows; the contract is effkern/ops/laurel/rows.py.
+// The passes of the LAuReL residual over rows of N x D.
+//
+//   forward:  y = alpha f + beta (x + low) + sum_j c_j e_j,  z = y rstd w,  rstd = (mean(y^2) + eps)^-1/2
+//   backward: g = g_y + rstd (h - yh mean(h yh)),  h = g_z w,  yh = y rstd,  and what follows from g per element
 //
 // A row is walked in blocks: a block of the float result stays in the first cache while the operands are added one at a
 // time, so that there is one loop per operand and not one per combination of operands. Lanes and strips are fixed, so
@@ -10,6 +13,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/clones.h"
 #include "cpu/widen.h"
 
 namespace effkern {
@@ -20,24 +24,27 @@ constexpr int64_t kBlock = 512;
 // Rows that share one partial sum.
 constexpr int64_t kStrip = 16;
 
-// Rows of packed channels; without data where an operand is missing.
+// Rows of packed channels; without data where an operand is missing. A buffer of a chunk starts at its first row; a
+// stride of 0 is one row for all.
 template <typename T>
 struct Rows {
   T* data = nullptr;
-  int64_t stride = 0;
+  int64_t stride = 0, first = 0;
 
   explicit operator bool() const { return data != nullptr; }
-  T* operator[](int64_t r) const { return data == nullptr ? nullptr : data + r * stride; }
+  T* operator[](int64_t r) const { return data == nullptr ? nullptr : data + (r - first) * stride; }
 };
 
 // A factor for all channels, or one per channel.
 struct Factor {
   const float* values = nullptr;
   bool per_channel = false;
+
+  bool is_one() const { return !per_channel && *values == 1.0f; }
 };
 
 template <typename T>
-struct Forward {
+struct ForwardRows {
   Rows<const T> branch, x, low_rank;
   std::vector<Rows<const T>> addends;
   Factor alpha, beta;
@@ -46,32 +53,23 @@ struct Forward {
   float norm_eps;
   Rows<T> y, normed;
   float* rstd;
-  int64_t rows, dim;
+  int64_t dim;
 };
 
 template <typename T>
-struct Backward {
+struct BackwardRows {
   Rows<const T> grad_y, grad_normed, y;
-  const float* rstd;
-  const float* norm_weight;
-  Factor alpha;
+  const float *rstd, *norm_weight;
+  Factor alpha, beta;
   std::vector<Factor> coefficients;
+  // g, also in the type of x where that is another, alpha g, beta g; those without data are not written.
   Rows<float> g;
-  Rows<T> rounded, grad_branch;
+  Rows<T> rounded, grad_branch, grad_x;
   std::vector<Rows<T>> grad_addends;
   // What g is multiplied with in each row of the sums.
   std::vector<Rows<const T>> others;
-  bool sum_per_channel, sum_norm_weight;
-  int64_t rows, dim;
-};
-
-template <typename T>
-struct GradX {
-  Rows<const float> g;
-  Rows<const T> low_rank;
-  Factor beta;
-  Rows<T> out;
-  int64_t rows, dim;
+  bool sum_per_channel;
+  int64_t dim;
 };
 
 EFFKERN_INLINE void store(float& to, float value) { to = value; }
@@ -93,8 +91,9 @@ EFFKERN_INLINE void for_blocks(int64_t dim, const F& f) {
   for (int64_t begin = 0; begin < dim; begin += kBlock) f(begin, std::min(begin + kBlock, dim));
 }
 
-EFFKERN_INLINE float sum_lanes(const float* lanes) {
-  float total = 0.0f;
+template <typename Total = float>
+EFFKERN_INLINE Total sum_lanes(const float* lanes) {
+  Total total = 0;
   for (int l = 0; l < kLanes; ++l) total += lanes[l];
   return total;
 }
@@ -112,7 +111,7 @@ EFFKERN_INLINE void with_factor(const Factor& factor, const F& f) {
 }
 
 template <typename T>
-EFFKERN_INLINE void forward_row(const Forward<T>& a, int64_t r) {
+EFFKERN_INLINE void forward_row(const ForwardRows<T>& a, int64_t r) {
   const T *f = a.branch[r], *x = a.x[r], *low = a.low_rank[r];
   T* y = a.y[r];
   float squares[kLanes] = {};
@@ -120,12 +119,17 @@ EFFKERN_INLINE void forward_row(const Forward<T>& a, int64_t r) {
     alignas(64) float sum[kBlock];
     with_factor(a.alpha, [&](auto alpha) EFFKERN_LAMBDA {
       with_factor(a.beta, [&](auto beta) EFFKERN_LAMBDA {
-        for_lanes(begin, end, [&](int, int64_t v) EFFKERN_LAMBDA {
-          sum[v - begin] = alpha(v) * widen(f[v]) + beta(v) * widen(x[v]);
-        });
+        if (low) {
+          for_lanes(begin, end, [&](int, int64_t v) EFFKERN_LAMBDA {
+            sum[v - begin] = alpha(v) * widen(f[v]) + beta(v) * (widen(x[v]) + widen(low[v]));
+          });
+        } else {
+          for_lanes(begin, end, [&](int, int64_t v) EFFKERN_LAMBDA {
+            sum[v - begin] = alpha(v) * widen(f[v]) + beta(v) * widen(x[v]);
+          });
+        }
       });
     });
-    if (low) for_lanes(begin, end, [&](int, int64_t v) EFFKERN_LAMBDA { sum[v - begin] += widen(low[v]); });
     for (size_t j = 0; j < a.addends.size(); ++j) {
       const T* e = a.addends[j][r];
       with_factor(a.coefficients[j], [&](auto c) EFFKERN_LAMBDA {
@@ -147,9 +151,9 @@ EFFKERN_INLINE void forward_row(const Forward<T>& a, int64_t r) {
   for_lanes(0, a.dim, [&](int, int64_t v) EFFKERN_LAMBDA { store(z[v], widen(y[v]) * rstd * w[v]); });
 }
 
-// `norm_weight` and `sums` are those of the row's strip: [D], and [others] or [others, D].
+// `norm_weight` [D] and `sums` [others] or [others, D] are added to.
 template <typename T>
-EFFKERN_INLINE void backward_row(const Backward<T>& a, int64_t r, float* norm_weight, double* sums) {
+EFFKERN_INLINE void backward_row(const BackwardRows<T>& a, int64_t r, float* norm_weight, double* sums) {
   const T *gy = a.grad_y[r], *gz = a.grad_normed[r], *y = a.y[r];
   const float* w = a.norm_weight;
   float* g = a.g[r];
@@ -184,6 +188,7 @@ EFFKERN_INLINE void backward_row(const Backward<T>& a, int64_t r, float* norm_we
       });
     };
     if (a.grad_branch) scaled(a.grad_branch[r], a.alpha);
+    if (a.grad_x) scaled(a.grad_x[r], a.beta);
     for (size_t j = 0; j < a.grad_addends.size(); ++j) scaled(a.grad_addends[j][r], a.coefficients[j]);
     for (size_t j = 0; j < a.others.size(); ++j) {
       const T* other = a.others[j][r];
@@ -194,25 +199,44 @@ EFFKERN_INLINE void backward_row(const Backward<T>& a, int64_t r, float* norm_we
       } else {
         float products[kLanes] = {};
         for_lanes(begin, end, [&](int l, int64_t v) EFFKERN_LAMBDA { products[l] += g[v] * widen(other[v]); });
-        sums[j] += sum_lanes(products);
+        sums[j] += sum_lanes<double>(products);
       }
     }
   });
 }
 
+// x's gradient: beta g + low.
 template <typename T>
-EFFKERN_INLINE void grad_x_row(const GradX<T>& a, int64_t r) {
-  const float* g = a.g[r];
-  const T* low = a.low_rank[r];
-  T* out = a.out[r];
-  with_factor(a.beta, [&](auto beta) EFFKERN_LAMBDA {
-    if (low) {
-      for_lanes(0, a.dim, [&](int, int64_t v) EFFKERN_LAMBDA { store(out[v], beta(v) * g[v] + widen(low[v])); });
-    } else {
-      for_lanes(0, a.dim, [&](int, int64_t v) EFFKERN_LAMBDA { store(out[v], beta(v) * g[v]); });
-    }
+EFFKERN_INLINE void grad_x_row(const float* g, const Factor& beta, const T* low, T* out, int64_t dim) {
+  with_factor(beta, [&](auto b) EFFKERN_LAMBDA {
+    for_lanes(0, dim, [&](int, int64_t v) EFFKERN_LAMBDA { store(out[v], b(v) * g[v] + widen(low[v])); });
   });
 }
 
+// GCC clones functions, not templates.
+namespace {
+
+#define EFFKERN_LOOPS(T)                                                                                        \
+  EFFKERN_CLONES void forward_rows(const ForwardRows<T>& a, int64_t begin, int64_t end) {                       \
+    for (int64_t r = begin; r < end; ++r) forward_row(a, r);                                                    \
+  }                                                                                                             \
+  EFFKERN_CLONES void backward_rows(const BackwardRows<T>& a, int64_t begin, int64_t end, float* norm_weight,   \
+                                    double* sums) {                                                             \
+    for (int64_t r = begin; r < end; ++r) backward_row(a, r, norm_weight, sums);                                \
+  }
+EFFKERN_LOOPS(float)
+EFFKERN_LOOPS(BFloat16)
+#undef EFFKERN_LOOPS
+
+EFFKERN_CLONES void grad_x_rows(Rows<const float> g, const Factor& beta, Rows<BFloat16> out, int64_t dim, int64_t begin,
+                                int64_t end) {
+  for (int64_t r = begin; r < end; ++r) grad_x_row<BFloat16>(g[r], beta, out[r], out[r], dim);
+}
+
+EFFKERN_CLONES void add_widened(float* total, const BFloat16* x, int64_t size) {
+  for_lanes(0, size, [&](int, int64_t i) EFFKERN_LAMBDA { total[i] += widen(x[i]); });
+}
+
+}  // namespace
 }  // namespace laurel
 }  // namespace effkern

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from effkern import laurel_residual
-from effkern.ops.laurel import driver
+from effkern.ops.laurel import chunks
 from effkern.ops.laurel.scalars import SCALAR_MAPS, coefficients, gradient
 from tests.numerics import assert_as_good_as_eager, rel_err
 from tests.ops import laurel_cases as cases
@@ -82,7 +82,7 @@ def test_sizes(impl, dtype, rows, dim):
 
 @IMPL
 def test_several_chunks(impl, monkeypatch):
-    monkeypatch.setattr(driver, "CHUNK_BYTES", 40 * 13 * 4)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 40 * 13 * 4)
     for name in ("everything", "rw+lr", "past"):
         check(cases.make(name, rows=(3, 70)), impl)
 

@@ -1,27 +1,21 @@
-"""The passes over rows by effkern._C: float32 and bfloat16, float32 inside."""
+"""The passes by effkern._C: float32 and bfloat16, float32 inside."""
 
 import torch
-from torch import Tensor
 
 from effkern import native
-from effkern.ops.laurel.rows import BackwardRows, ForwardRows, Passes
+from effkern.ops.distill import gemm_schema as gemm_schema
+from effkern.ops.laurel.passes import BackwardPass, ForwardPass, Passes
 
 native.load("_C")
+# Their products of bfloat16 are called by name: gemm_schema declares them.
 
 
-def forward(r: ForwardRows) -> None:
-    torch.ops.effkern.laurel_forward_rows_(*r[:3], list(r.addends), *r[4:])
+def forward(p: ForwardPass) -> None:
+    torch.ops.effkern.laurel_forward_chunks_(*p)
 
 
-def backward(r: BackwardRows) -> None:
-    torch.ops.effkern.laurel_backward_rows_(
-        r.grad_y_CD, r.grad_normed_CD, r.x_CD, r.y_CD, r.branch_CD, r.rstd_C, list(r.addends), r.alpha, r.coefficients,
-        r.norm_weight, r.g_CD, r.rounded_CD, r.grad_branch_CD, list(r.grad_addends), r.sums, r.grad_norm_weight_D,
-    )  # fmt: skip
+def backward(p: BackwardPass) -> None:
+    torch.ops.effkern.laurel_backward_chunks_(*p)
 
 
-def grad_x(g_CD: Tensor, low_rank_CD: Tensor | None, beta: Tensor, out_CD: Tensor) -> None:
-    torch.ops.effkern.laurel_grad_x_(g_CD, low_rank_CD, beta, out_CD)
-
-
-PASSES = Passes(forward, backward, grad_x)
+PASSES = Passes(forward, backward)

@@ -1,23 +1,16 @@
-"""Forward and backward, one chunk of rows at a time: the vendor's skinny products, and the passes over rows between.
+"""Forward and backward around the passes over rows: small operands before them, gradients of scalars after them.
 
     N tokens, D channels, S columns of A (down), R rows of B (up), P look-ahead products of earlier layers, M addends
-
-A chunk stays in the cache of a CPU between its product with A, the pass over its rows and its product with B. Other
-devices take all rows at once.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from effkern.ops.distill import gemm
-from effkern.ops.laurel import low_rank, scalars
-from effkern.ops.laurel.rows import BackwardRows, ForwardRows, Passes
-
-# Bytes of one chunk of x on a CPU.
-CHUNK_BYTES = 1 << 20
+from effkern.ops.distill import huge_pages
+from effkern.ops.laurel import scalars
+from effkern.ops.laurel.passes import BackwardPass, ForwardPass, Passes
 
 
 class Problem(NamedTuple):
@@ -69,10 +62,16 @@ class _Wide(NamedTuple):
     norm_weight: Tensor | None
     down_DS: Tensor | None
     up_RD: Tensor | None
+    """In float32 (float64)."""
     low_rank_weight: Tensor | None
     gram_RR: Tensor | None
-    scaled_up_RD: Tensor | None
-    """beta B diag(low_rank_weight), in the type of x."""
+
+    def scaled_up(self, beta: bool, dtype: torch.dtype) -> Tensor | None:
+        """(beta) B diag(low_rank_weight)."""
+        if self.up_RD is None:
+            return None
+        scaled = self.up_RD if self.low_rank_weight is None else self.up_RD * self.low_rank_weight
+        return (scaled * self.beta if beta else scaled).to(dtype)
 
 
 def _widen(p: Problem) -> _Wide:
@@ -81,62 +80,42 @@ def _widen(p: Problem) -> _Wide:
     if p.weights is None:
         alpha = beta = torch.full((1,), p.scale, dtype=acc, device=p.x_ND.device)
     else:
-        alpha, beta = (c.mul(p.scale).contiguous() for c in scalars.coefficients(p.weights.to(acc), p.scalar_map))
+        alpha, beta = scalars.coefficients(p.weights.to(acc), p.scalar_map)
+        if p.scale != 1.0:
+            alpha, beta = alpha * p.scale, beta * p.scale
     coefficients = None if p.coefficients is None else scalars.rows_of(p.coefficients.to(acc)) * p.scale
     if p.addends and coefficients is None:
         coefficients = torch.full((len(p.addends), 1), p.scale, dtype=acc, device=p.x_ND.device)
-    norm_weight = None if p.norm_weight_D is None else p.norm_weight_D.to(acc)
-    down = None if p.down_DS is None else p.down_DS.to(dtype)
-    up = inner = gram = scaled = None
+    up = inner = gram = None
     if p.up_RD is not None:
-        up = scaled = p.up_RD.to(acc)
+        up = p.up_RD.to(acc)
         if p.low_rank_weight_D is not None:
             inner = p.low_rank_weight_D.to(acc)
             gram = torch.mm(up, up.t())
-            scaled = up * inner
-        if p.weights is not None or p.scale != 1.0:
-            scaled = scaled * beta
-        scaled = scaled.to(dtype)
-    return _Wide(alpha, beta, coefficients, norm_weight, down, up, inner, gram, scaled)
+    return _Wide(
+        alpha, beta, coefficients, None if p.norm_weight_D is None else p.norm_weight_D.to(acc),
+        None if p.down_DS is None else p.down_DS.to(dtype), up, inner, gram,
+    )  # fmt: skip
 
 
-def _chunks(x_ND: Tensor) -> Iterator[slice]:
-    num_rows, dim = x_ND.shape
-    step = num_rows
-    if x_ND.device.type == "cpu":
-        step = max(32, CHUNK_BYTES // (dim * x_ND.element_size()))
-    for first in range(0, num_rows, max(1, step)):
-        yield slice(first, first + step)
-
-
-def _cut(x: Tensor | None, rows: slice) -> Tensor | None:
-    return None if x is None else x[rows]
+def _empty_like(x: Tensor) -> Tensor:
+    return huge_pages.empty(x.shape, x.dtype, x.device)
 
 
 def forward(p: Problem, passes: Passes) -> Result:
     assert p.branch_ND is not None
     x, w = p.x_ND, _widen(p)
-    num_rows, dim = x.shape
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    normed = None if w.norm_weight is None else torch.empty_like(y)
-    rstd = None if normed is None else x.new_empty(num_rows, dtype=w.alpha.dtype)
-    own = None if w.down_DS is None else x.new_empty((num_rows, w.down_DS.shape[1]))
-    for rows in _chunks(x):
-        if own is not None and w.down_DS is not None:
-            torch.mm(x[rows], w.down_DS, out=own[rows])
-        low = None
-        if w.scaled_up_RD is not None:
-            raw = low_rank.join(_cut(own, rows), _cut(p.past_NP, rows), w.scaled_up_RD.shape[0])
-            if w.gram_RR is not None:
-                raw = (raw * low_rank.inverse_rms(raw, w.gram_RR, dim, p.low_rank_eps)).to(x.dtype)
-            # The result takes its place.
-            low = torch.mm(raw, w.scaled_up_RD, out=y[rows])
-        passes.forward(
-            ForwardRows(
-                p.branch_ND[rows], x[rows], low, tuple(e[rows] for e in p.addends), w.alpha, w.beta, w.coefficients,
-                w.norm_weight, p.norm_eps, y[rows], _cut(normed, rows), _cut(rstd, rows),
-            )
-        )  # fmt: skip
+    y = _empty_like(x)
+    own = None if w.down_DS is None else x.new_empty((x.shape[0], w.down_DS.shape[1]))
+    normed = rstd = None
+    if w.norm_weight is not None:
+        normed, rstd = _empty_like(x), x.new_empty(x.shape[0], dtype=w.alpha.dtype)
+    passes.forward(
+        ForwardPass(
+            p.branch_ND, x, w.down_DS, w.scaled_up(False, x.dtype), p.past_NP, w.gram_RR, p.low_rank_eps, p.addends,
+            w.alpha, w.beta, w.coefficients, w.norm_weight, p.norm_eps, y, own, normed, rstd,
+        )
+    )  # fmt: skip
     return Result(y, normed, own, rstd)
 
 
@@ -145,90 +124,35 @@ def backward(
 ) -> Grads:
     """`r.y_ND` is read only with a norm or where alpha's gradient needs it; `grad_own` is that of all of own."""
     x, w = p.x_ND, _widen(p)
-    num_rows, dim = x.shape
     acc = w.alpha.dtype
-    unit = p.weights is None and p.scale == 1.0
 
-    def zeros(*shape: int) -> Tensor:
-        return x.new_zeros(shape, dtype=acc)
+    def zeros_like(t: Tensor | None) -> Tensor | None:
+        return None if t is None else torch.zeros(t.shape, dtype=acc, device=x.device)
 
-    grad_branch, grad_x = torch.empty_like(x), torch.empty_like(x)
-    grad_addends = tuple(torch.empty_like(e) for e in p.addends)
-    grad_norm_weight = None if w.norm_weight is None else zeros(dim)
+    grad_branch, grad_x = _empty_like(x), _empty_like(x)
+    grad_addends = tuple(_empty_like(e) for e in p.addends)
+    grad_norm_weight, grad_down = zeros_like(w.norm_weight), zeros_like(w.down_DS)
+    grad_scaled, grad_gram = zeros_like(w.up_RD), zeros_like(w.gram_RR)
+    grad_past = None if p.past_NP is None else torch.empty_like(p.past_NP)
     sums = None
     if p.weights is not None or p.coefficients is not None:
         per_channel = any(c is not None and c.dim() == 2 for c in (p.weights, p.coefficients))
-        sums = x.new_zeros((2 + len(p.addends), dim if per_channel else 1), dtype=torch.float64)
-    grad_down = None if w.down_DS is None else zeros(*w.down_DS.shape)
-    grad_scaled = grad_gram = grad_past = None
-    if w.up_RD is not None:
-        grad_scaled = zeros(*w.up_RD.shape)
-        grad_gram = None if w.gram_RR is None else zeros(*w.gram_RR.shape)
-        grad_past = None if p.past_NP is None else torch.empty_like(p.past_NP)
-
-    wide_buffer = None
-    for rows in _chunks(x):
-        count = x[rows].shape[0]
-        if unit and acc == x.dtype:
-            g = grad_branch[rows]
-        else:
-            if wide_buffer is None:
-                wide_buffer = x.new_empty((count, dim), dtype=acc)
-            g = wide_buffer[:count]
-        if unit:
-            rounded = grad_branch[rows]
-        else:
-            rounded = g if acc == x.dtype else x.new_empty((count, dim))
-        passes.backward(
-            BackwardRows(
-                _cut(grad_y, rows), _cut(grad_normed, rows), x[rows], _cut(r.y_ND, rows), _cut(p.branch_ND, rows),
-                _cut(r.rstd_N, rows), tuple(e[rows] for e in p.addends), w.alpha, w.coefficients, w.norm_weight, g,
-                None if rounded is g else rounded, None if unit else grad_branch[rows],
-                tuple(e[rows] for e in grad_addends), sums, grad_norm_weight,
-            )
-        )  # fmt: skip
-        grad_raw = None
-        if w.up_RD is not None:
-            assert w.scaled_up_RD is not None
-            assert grad_scaled is not None
-            raw = low_rank.join(_cut(r.own_NS, rows), _cut(p.past_NP, rows), w.up_RD.shape[0])
-            v = raw
-            grad_raw = torch.mm(rounded, w.scaled_up_RD.t())
-            if w.gram_RR is not None:
-                assert grad_gram is not None
-                v = (raw * low_rank.inverse_rms(raw, w.gram_RR, dim, p.low_rank_eps)).to(x.dtype)
-                grad_raw = low_rank.scale_grad(grad_raw.to(acc), raw, w.gram_RR, dim, p.low_rank_eps, grad_gram)
-            gemm.add_weight_grad(grad_scaled, v, rounded, False)
-            if grad_past is not None:
-                first = grad_raw.shape[1] - grad_past.shape[1]
-                grad_past[rows] = grad_raw[:, first:]
-                grad_raw = grad_raw[:, :first]
-        low = None
-        if grad_down is not None:
-            assert w.down_DS is not None
-            grad_u = _own_grad(grad_raw, _cut(grad_own, rows), w.down_DS.shape[1]).to(x.dtype)
-            gemm.add_weight_grad(grad_down, x[rows], grad_u, False)
-            low = torch.mm(grad_u, w.down_DS.t(), out=grad_x[rows])
-        passes.grad_x(g, low, w.beta, grad_x[rows])
-
+        columns = x.shape[1] if per_channel else 1
+        sums = torch.zeros((2 + len(p.addends), columns), dtype=torch.float64, device=x.device)
+    passes.backward(
+        BackwardPass(
+            grad_y, grad_normed, grad_own, x, r.y_ND, p.branch_ND, r.own_NS, r.rstd_N, w.down_DS,
+            w.scaled_up(p.weights is not None or p.scale != 1.0, x.dtype), p.past_NP, w.gram_RR, p.low_rank_eps,
+            p.addends, w.alpha, w.beta, w.coefficients, w.norm_weight, grad_branch, grad_x, grad_addends, sums,
+            grad_norm_weight, grad_down, grad_scaled, grad_gram, grad_past,
+        )
+    )  # fmt: skip
     grad_up, grad_inner, of_scaled = _up_grads(w, grad_scaled, grad_gram)
     grad_weights, grad_coefficients = _scalar_grads(p, w, sums, of_scaled)
     return Grads(
         grad_branch, grad_x, grad_weights, grad_down, grad_up, grad_past, grad_inner, grad_addends, grad_coefficients,
         grad_norm_weight,
     )  # fmt: skip
-
-
-def _own_grad(grad_raw: Tensor | None, grad_own: Tensor | None, width: int) -> Tensor:
-    """[C, S]: what reached this layer's own columns, plus what later layers sent to all of them."""
-    if grad_own is None:
-        assert grad_raw is not None
-        return torch.nn.functional.pad(grad_raw, (0, width - grad_raw.shape[1]))
-    if grad_raw is None:
-        return grad_own
-    total = grad_own.to(grad_raw.dtype, copy=True)
-    total[:, : grad_raw.shape[1]] += grad_raw
-    return total
 
 
 def _up_grads(

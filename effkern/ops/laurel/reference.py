@@ -3,14 +3,15 @@
 import torch
 from torch import Tensor
 
-from effkern.ops.laurel.rows import BackwardRows, ForwardRows, Passes
+from effkern.ops.laurel.rows import BackwardRows, ForwardRows
 
 
 def forward(r: ForwardRows) -> None:
     wide = r.alpha.dtype
-    y = r.alpha * r.branch_CD.to(wide) + r.beta * r.x_CD.to(wide)
+    x = r.x_CD.to(wide)
     if r.low_rank_CD is not None:
-        y = y + r.low_rank_CD.to(wide)
+        x = x + r.low_rank_CD.to(wide)
+    y = r.alpha * r.branch_CD.to(wide) + r.beta * x
     for j, e in enumerate(r.addends):
         assert r.coefficients is not None
         y = y + r.coefficients[j] * e.to(wide)
@@ -60,5 +61,3 @@ def grad_x(g_CD: Tensor, low_rank_CD: Tensor | None, beta: Tensor, out_CD: Tenso
     total = beta * g_CD.to(beta.dtype)
     out_CD.copy_(total if low_rank_CD is None else total + low_rank_CD.to(beta.dtype))
 
-
-PASSES = Passes(forward, backward, grad_x)

@@ -2,11 +2,10 @@
 
     C rows of a chunk, D channels, M addends
 
-Forward: y = alpha f + beta x + low_rank + sum_j c_j e_j, and z = y rstd w, rstd = (mean(y^2) + eps)^-1/2.
+Forward: y = alpha f + beta (x + low_rank) + sum_j c_j e_j, and z = y rstd w, rstd = (mean(y^2) + eps)^-1/2.
 Backward: g = g_y + rstd (h - yh mean(h yh)) with h = g_z w and yh = y rstd, and what follows from it per element.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -16,7 +15,7 @@ class ForwardRows(NamedTuple):
     branch_CD: Tensor
     x_CD: Tensor
     low_rank_CD: Tensor | None
-    """beta (v B), in the type of x."""
+    """v B, in the type of x."""
     addends: tuple[Tensor, ...]
     alpha: Tensor
     """float32 (float64) [1] or [D], like beta; coefficients [M, 1] or [M, D]."""
@@ -55,12 +54,3 @@ class BackwardRows(NamedTuple):
     it was kept, otherwise y; untouched where there is neither), x, and each addend."""
     grad_norm_weight_D: Tensor | None
     """Added to, float32 (float64): sum over rows of g_z yh."""
-
-
-class Passes(NamedTuple):
-    """One implementation of the passes."""
-
-    forward: Callable[[ForwardRows], None]
-    backward: Callable[[BackwardRows], None]
-    grad_x: Callable[[Tensor, Tensor | None, Tensor, Tensor], None]
-    """(g, low_rank_grad | None, beta, out): out = beta g + low_rank_grad. out may be g or low_rank_grad."""

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from effkern.ops import registry
 from effkern.ops.laurel import driver
-from effkern.ops.laurel.rows import Passes
+from effkern.ops.laurel.passes import Passes
 
 _library = torch.library.Library("effkern", "FRAGMENT")
 
@@ -22,24 +22,27 @@ _library.define(
     "Tensor? grad_normed, Tensor? grad_own) -> (Tensor branch, Tensor x, Tensor weights, Tensor down, Tensor up, "
     "Tensor past, Tensor low_rank_weight, Tensor coefficients, Tensor norm_weight, Tensor[] addends)"
 )
+# The fields of passes.ForwardPass and BackwardPass.
 _library.define(
-    "laurel_forward_rows_(Tensor branch, Tensor x, Tensor? low_rank, Tensor[] addends, Tensor alpha, Tensor beta, "
-    "Tensor? coefficients, Tensor? norm_weight, float norm_eps, Tensor(a!) y, Tensor(b!)? normed, Tensor(c!)? rstd) "
-    "-> ()"
+    "laurel_forward_chunks_(Tensor branch, Tensor x, Tensor? down, Tensor? up, Tensor? past, Tensor? gram, "
+    "float low_rank_eps, Tensor[] addends, Tensor alpha, Tensor beta, Tensor? coefficients, Tensor? norm_weight, "
+    "float norm_eps, Tensor(a!) y, Tensor(b!)? own, Tensor(c!)? normed, Tensor(d!)? rstd) -> ()"
 )
 _library.define(
-    "laurel_backward_rows_(Tensor? grad_y, Tensor? grad_normed, Tensor x, Tensor? y, Tensor? branch, Tensor? rstd, "
-    "Tensor[] addends, Tensor alpha, Tensor? coefficients, Tensor? norm_weight, Tensor(a!) g, Tensor(b!)? rounded, "
-    "Tensor(c!)? grad_branch, Tensor(d!)[] grad_addends, Tensor(e!)? sums, Tensor(f!)? grad_norm_weight) -> ()"
+    "laurel_backward_chunks_(Tensor? grad_y, Tensor? grad_normed, Tensor? grad_own, Tensor x, Tensor? y, "
+    "Tensor? branch, Tensor? own, Tensor? rstd, Tensor? down, Tensor? up, Tensor? past, Tensor? gram, "
+    "float low_rank_eps, Tensor[] addends, Tensor alpha, Tensor beta, Tensor? coefficients, Tensor? norm_weight, "
+    "Tensor(a!) grad_branch, Tensor(b!) grad_x, Tensor(c!)[] grad_addends, Tensor(d!)? sums, "
+    "Tensor(e!)? grad_norm_weight, Tensor(f!)? grad_down, Tensor(g!)? grad_up, Tensor(h!)? grad_gram, "
+    "Tensor(i!)? grad_past) -> ()"
 )
-_library.define("laurel_grad_x_(Tensor g, Tensor? low_rank, Tensor beta, Tensor(a!) out) -> ()")
 
 
 def _passes(impl: str) -> Passes:
     if impl == "cpp":
         from effkern.ops.laurel.cpp import PASSES
     else:
-        from effkern.ops.laurel.reference import PASSES
+        from effkern.ops.laurel.chunks import PASSES
     return PASSES
 
 
@@ -105,18 +108,13 @@ def _fake_bwd(*arguments):
     )  # fmt: skip
 
 
-@torch.library.register_fake("effkern::laurel_forward_rows_", lib=_library)
-def _fake_forward_rows(*args) -> None:
+@torch.library.register_fake("effkern::laurel_forward_chunks_", lib=_library)
+def _fake_forward_chunks(*args) -> None:
     return None
 
 
-@torch.library.register_fake("effkern::laurel_backward_rows_", lib=_library)
-def _fake_backward_rows(*args) -> None:
-    return None
-
-
-@torch.library.register_fake("effkern::laurel_grad_x_", lib=_library)
-def _fake_grad_x(*args) -> None:
+@torch.library.register_fake("effkern::laurel_backward_chunks_", lib=_library)
+def _fake_backward_chunks(*args) -> None:
     return None
 
 

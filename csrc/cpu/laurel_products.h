@@ -1,0 +1,123 @@
+// The skinny products of the LAuReL residual, by the library behind torch.mm, and what is done on R numbers per row.
+//
+// They are called from inside a parallel region, one chunk of rows per thread, where the library uses one thread. The
+// shim's functions are torch's kernels without dispatch, so that autograd and inference mode of the caller's thread do
+// not matter.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <array>
+#include <cmath>
+#include <memory>
+
+#include "cpu/laurel_rows.h"
+
+namespace effkern {
+namespace laurel {
+
+using torch::headeronly::ScalarType;
+
+template <typename T>
+constexpr ScalarType type_of() {
+  return sizeof(T) == sizeof(float) ? ScalarType::Float : ScalarType::BFloat16;
+}
+
+// Memory that is written before it is read.
+template <typename T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t size) : data_(size > 0 ? new T[size] : nullptr) {}
+  T* get() const { return data_.get(); }
+
+ private:
+  std::unique_ptr<T[]> data_;
+};
+
+template <typename T>
+struct Matrix {
+  T* data;
+  int64_t rows, columns, row_stride, column_stride = 1;
+
+  Matrix t() const { return {data, columns, rows, column_stride, row_stride}; }
+  torch::stable::Tensor tensor() const {
+    return torch::stable::from_blob(const_cast<std::remove_const_t<T>*>(data), {rows, columns},
+                                    {row_stride, column_stride}, torch::headeronly::DeviceType::CPU,
+                                    type_of<std::remove_const_t<T>>());
+  }
+};
+
+template <typename T>
+Matrix<T> matrix_of(const Rows<T>& x, int64_t first, int64_t rows, int64_t columns) {
+  return {x[first], rows, columns, x.stride};
+}
+
+// out = a b
+template <typename T, typename A, typename B>
+void multiply(const Matrix<T>& out, const Matrix<A>& a, const Matrix<B>& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_mm_out(out.tensor().get(), a.tensor().get(), b.tensor().get()));
+}
+
+// out += a b
+inline void add_product(const Matrix<float>& out, const Matrix<const float>& a, const Matrix<const float>& b) {
+  const auto total = out.tensor();
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(total.get(), total.get(), a.tensor().get(), b.tensor().get(), 1.0, 1.0));
+}
+
+// total += a^T b, packed.
+inline void add_weight_grad(float* total, const Matrix<const float>& a, const Matrix<const float>& b, float*) {
+  add_product({total, a.columns, b.columns, b.columns}, a.t(), b);
+}
+
+// By our own product, whose results are float; without it through `part`, as the library rounds to bfloat16.
+inline void add_weight_grad(float* total, const Matrix<const BFloat16>& a, const Matrix<const BFloat16>& b,
+                            BFloat16* part) {
+  static const bool own = [] {
+    std::array<StableIValue, 1> stack{};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("effkern::bf16_gemm", "", stack.data(), TORCH_ABI_VERSION));
+    return torch::stable::detail::to<bool>(stack[0]);
+  }();
+  if (own) {
+    const Matrix<float> out{total, a.columns, b.columns, b.columns};
+    std::array<StableIValue, 4> stack{torch::stable::detail::from(out.tensor()), torch::stable::detail::from(a.tensor()),
+                                      torch::stable::detail::from(b.tensor()), torch::stable::detail::from(false)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("effkern::bf16_add_tn_", "", stack.data(), TORCH_ABI_VERSION));
+  } else {
+    multiply(Matrix<BFloat16>{part, a.columns, b.columns, b.columns}, a.t(), b);
+    add_widened(total, part, a.columns * b.columns);
+  }
+}
+
+// The inner norm on R numbers per row: v = s raw, s = (raw G raw^T / D + eps)^-1/2, as in effkern/ops/laurel/low_rank.py.
+struct Gram {
+  const float* values = nullptr;  // G, [R, R]
+  float eps;
+  int64_t rank, dim;
+};
+
+// raw as float, and raw G.
+template <typename T>
+void times_gram(const Gram& gram, const Matrix<const T>& raw, float* wide, float* product) {
+  for (int64_t n = 0; n < raw.rows; ++n)
+    for (int64_t j = 0; j < gram.rank; ++j) wide[n * gram.rank + j] = widen(raw.data[n * raw.row_stride + j]);
+  multiply<float, const float, const float>({product, raw.rows, gram.rank, gram.rank},
+                                            {wide, raw.rows, gram.rank, gram.rank},
+                                            {gram.values, gram.rank, gram.rank, gram.rank});
+}
+
+inline float inverse_rms(const Gram& gram, const float* raw, const float* product) {
+  float square = 0.0f;
+  for (int64_t j = 0; j < gram.rank; ++j) square += raw[j] * product[j];
+  // Rounding may leave a sum of squares just below zero; NaN passes.
+  square = square < 0.0f ? 0.0f : square;
+  return 1.0f / std::sqrt(square / static_cast<float>(gram.dim) + gram.eps);
+}
+
+}  // namespace laurel
+}  // namespace effkern
