@@ -38,7 +38,9 @@ def test_float32_logits_and_every_gradient(ride, joined):
     use_fused_laurel(model, ride_on_qkv=ride)
     logits, grads = step(model, ids)
     assert list(model.state_dict()) == keys
-    assert joined == ([("q_proj", "k_proj", "v_proj")] * 2 + [("q_proj",)] * 2 if ride else [])
+    # transformers 5.0 makes the modules of shared keys all the same.
+    shared = tuple(n for n in ("q_proj", "k_proj", "v_proj") if hasattr(model.model.layers[3].self_attn, n))
+    assert joined == ([("q_proj", "k_proj", "v_proj")] * 2 + [shared] * 2 if ride else [])
     assert rel_err(logits, own.double()) < 1e-5
     assert set(grads) == set(own_grads)
     for name, grad in own_grads.items():
@@ -84,7 +86,7 @@ def test_bfloat16_of_the_residual():
 
 
 def test_bfloat16_of_the_model():
-    """Most of the error is the rest's; what is left is 0.95 of the library's (mean of 30 draws)."""
+    """Most of the error is the rest's; what is left is 0.94 of the library's (mean of 30 draws)."""
     errors = []
     for _ in range(10):
         model, ids = gemma3n().bfloat16(), tokens(*LONG)
@@ -101,10 +103,11 @@ def test_generation(ride, joined):
     """Beyond the sliding window, with shared keys: the tokens of the unchanged model, with and without a cache."""
     model, ids = gemma3n(), tokens(4, 20)
     options = {"max_new_tokens": 5, "do_sample": False}
-    want = model.generate(ids, **options)
+    # In transformers 5.0 keys are shared only through a cache.
+    want, without = (model.generate(ids, **options, use_cache=c) for c in (True, False))
     use_fused_laurel(model, ride_on_qkv=ride)
     assert torch.equal(model.generate(ids, **options), want)
-    assert torch.equal(model.generate(ids, **options, use_cache=False), want)
+    assert torch.equal(model.generate(ids, **options, use_cache=False), without)
     # With a cache the prompt alone has enough tokens for a joined product.
     assert [c is not None for c in joined[:20]] == ([True] * 4 + [False] * 16 if ride else [])
 

@@ -206,6 +206,18 @@ def test_the_norm_behind_attention_is_fused(family, placement, called, monkeypat
     assert sum(any(c is n for n in norms) for c in calls) == called
 
 
+def test_a_forward_left_behind_is_taken_along():
+    """What recording outputs does to a layer in transformers 5.0: its own method becomes its attribute."""
+    model, ids = decoder("Llama"), tokens()
+    want = model(input_ids=ids).logits
+    for change in (lambda m: apply_laurel(m, "rw+lr", rank=4), remove_laurel):
+        for layer in model.model.layers:
+            layer.forward = layer.forward
+        change(model)
+        assert not any("forward" in vars(layer) for layer in model.model.layers)
+        assert rel_err(model(input_ids=ids).logits, want.double()) < 2e-6
+
+
 def test_other_heads_and_none():
     """The base model, another head, and a text decoder beside an image encoder, all with history."""
     config = decoder("Llama").config
@@ -302,7 +314,8 @@ def test_errors():
     with pytest.raises(ValueError, match="model must be unchanged"):
         apply_laurel(model, rank=4)
     remove_laurel(model)
-    model.model.layers[1].forward = model.model.layers[1].forward
+    own = model.model.layers[1].forward
+    model.model.layers[1].forward = lambda *args, **kwargs: own(*args, **kwargs)
     with pytest.raises(ValueError, match=r"layers\[1\] must have its class's forward"):
         apply_laurel(model, rank=4)
     with pytest.raises(ValueError, match="Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma2, Gemma3, got Sequential with 0"):

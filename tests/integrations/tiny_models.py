@@ -20,6 +20,8 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": None,
     "pad_token_id": 0,
+    # Not the default of anything.
+    "rms_norm_eps": 1e-3,
     # Branches as large as the stream.
     "initializer_range": 0.2,
 }

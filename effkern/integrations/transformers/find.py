@@ -4,7 +4,7 @@ from collections.abc import Container
 
 from torch import nn
 
-from effkern.integrations.transformers.swap import is_swapped, path_of
+from effkern.integrations.transformers.swap import is_patched, is_swapped, path_of
 
 
 def find_decoder(op: str, model: nn.Module, layers: Container[str], names: str) -> nn.Module:
@@ -35,6 +35,6 @@ def require_untouched(op: str, decoder: nn.Module, undo: str) -> None:
     for i, layer in enumerate(decoder.layers):  # type: ignore[arg-type]
         if is_swapped(layer):
             raise ValueError(f"{op}: model must be unchanged ({undo} first), got one it was applied to before")
-        if "forward" in vars(layer):
+        if is_patched(layer):
             rule = "have its class's forward (apply before accelerate's hooks and other patches)"
             raise ValueError(f"{op}: layers[{i}] must {rule}, got one of its own")

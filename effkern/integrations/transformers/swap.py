@@ -22,12 +22,14 @@ def _subclass(original: Any, forward: Callable[..., Any]) -> type:
 
 def swap(module: nn.Module, forward: Callable[..., Any]) -> None:
     """Give `module` the method `forward`."""
+    _release(module)
     original: Any = type(module)
     module.__class__ = _subclass(original, forward)
 
 
 def restore(module: nn.Module) -> None:
     """Undo `swap`; nothing happens to a module that it was not done to."""
+    _release(module)
     if _ORIGINAL in vars(type(module)):
         module.__class__ = getattr(type(module), _ORIGINAL)
 
@@ -47,7 +49,18 @@ def path_of(module: nn.Module) -> str:
     return f"{original.__module__}.{original.__qualname__}"
 
 
+def is_patched(module: nn.Module) -> bool:
+    """True if the instance has a forward that is not its class's."""
+    forward = vars(module).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
+def _release(module: nn.Module) -> None:
+    # transformers 5.0 leaves the class's forward behind on the instance after recording outputs.
+    if not is_patched(module):
+        vars(module).pop("forward", None)
+
+
 def is_bare(module: nn.Module) -> bool:
     """True if calling the module does nothing but its class's forward: then its weight may be used without the call."""
-    patched = "forward" in vars(module)
-    return not (patched or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    return not (is_patched(module) or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
