@@ -38,11 +38,13 @@ def test_an_upward_import_is_caught(tmp_path):
 def test_import_needs_torch_alone():
     """`import effkern` with every optional package hidden."""
     hidden = ("numpy", "triton", "tokenizers", "safetensors", "tyro", "rich", "matplotlib", "tensorboard")
+    hidden += ("transformers",)
     code = f"""
 import sys
 for name in {hidden!r}:
     sys.modules[name] = None
 import effkern, torch
+import effkern.integrations.transformers
 x = torch.randn(3, 4, requires_grad=True)
 effkern.linear_distill_loss(x, torch.randn(5, 4), torch.arange(3)).loss.backward()
 assert x.grad.norm() > 0

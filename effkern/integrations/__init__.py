@@ -1,1 +1,1 @@
-"""Adapters for other libraries, imported only when asked for; none yet."""
+"""Adapters for other libraries, imported only when asked for: `transformers`."""

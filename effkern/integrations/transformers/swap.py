@@ -1,0 +1,66 @@
+"""A module gets another forward by becoming a subclass of its class, and loses it by becoming what it was.
+
+Unlike a forward set on the instance, the subclass goes through everything that the library does to classes of decoder
+layers: gradient checkpointing, recording of hidden states, `isinstance`, copies.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+_ORIGINAL = "_effkern_original"
+
+
+@cache
+def _subclass(original: Any, forward: Callable[..., Any]) -> type:
+    # The name stays: lists such as `_no_split_modules` know layers by it.
+    names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
+    return type(original.__name__, (original,), {**names, "forward": forward, _ORIGINAL: original})
+
+
+def swap(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Give `module` the method `forward`."""
+    _release(module)
+    original: Any = type(module)
+    module.__class__ = _subclass(original, forward)
+
+
+def restore(module: nn.Module) -> None:
+    """Undo `swap`; nothing happens to a module that it was not done to."""
+    _release(module)
+    if _ORIGINAL in vars(type(module)):
+        module.__class__ = getattr(type(module), _ORIGINAL)
+
+
+def original_class(module: nn.Module) -> Any:
+    """The class before `swap`, or the class as it is."""
+    return getattr(type(module), _ORIGINAL, type(module))
+
+
+def is_swapped(module: nn.Module) -> bool:
+    return hasattr(type(module), _ORIGINAL)
+
+
+def path_of(module: nn.Module) -> str:
+    """Where the library defines the module's class."""
+    original = original_class(module)
+    return f"{original.__module__}.{original.__qualname__}"
+
+
+def is_patched(module: nn.Module) -> bool:
+    """True if the instance has a forward that is not its class's."""
+    forward = vars(module).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
+def _release(module: nn.Module) -> None:
+    # transformers 5.0 leaves the class's forward behind on the instance after recording outputs.
+    if not is_patched(module):
+        vars(module).pop("forward", None)
+
+
+def is_bare(module: nn.Module) -> bool:
+    """True if calling the module does nothing but its class's forward: then its weight may be used without the call."""
+    return not (is_patched(module) or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
