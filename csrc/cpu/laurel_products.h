@@ -78,11 +78,11 @@ inline void add_weight_grad(float* total, const Matrix<const float>& a, const Ma
 // By our own product, whose results are float; without it through `part`, as the library rounds to bfloat16.
 inline void add_weight_grad(float* total, const Matrix<const BFloat16>& a, const Matrix<const BFloat16>& b,
                             BFloat16* part) {
-  static const bool own = [] {
-    std::array<StableIValue, 1> stack{};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("effkern::bf16_gemm", "", stack.data(), TORCH_ABI_VERSION));
-    return torch::stable::detail::to<bool>(stack[0]);
-  }();
+  std::array<StableIValue, 1> kernel{};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("effkern::bf16_gemm_kernel", "", kernel.data(), TORCH_ABI_VERSION));
+  // The number of "none" in gemm_bf16.cpp.
+  const bool own = torch::stable::detail::to<int64_t>(kernel[0]) < 2;
   if (own) {
     const Matrix<float> out{total, a.columns, b.columns, b.columns};
     std::array<StableIValue, 4> stack{torch::stable::detail::from(out.tensor()), torch::stable::detail::from(a.tensor()),

@@ -62,7 +62,7 @@ def laurel_residual(
         weights: raw scalars, float32 (float64), shape [2] or per channel [2, D] ("sigmoid1": [1] or [1, D]).
         scale: constant factor, no unit.
         down: A, shape [D, S], any floating dtype; S >= own rank. up: B, shape [R, D]; R = own rank + past's columns.
-        past: `ahead` of earlier layers for this very batch, shape [..., P], P <= R.
+        past: `ahead` of earlier layers for this very batch, shape [..., P], P <= R; cast to x's dtype.
         low_rank_norm: shape [D].
         addends: tensors like x: x0, previous activations. addend_weights: c, float32 (float64), shape [M] or [M, D];
             None: 1 each.
@@ -98,7 +98,7 @@ def laurel_residual(
     )
     y, normed, own = LaurelResidual.apply(
         options, _rows(branch.to(x.dtype)), _rows(x), _packed(weights), down, up,
-        None if past is None else _rows(past), _packed(low_rank_norm), _packed(addend_weights), _packed(norm_weight),
+        None if past is None else _rows(past.to(x.dtype)), _packed(low_rank_norm), _packed(addend_weights), _packed(norm_weight),
         *(_rows(e) for e in addends),
     )  # fmt: skip
     ahead = None
