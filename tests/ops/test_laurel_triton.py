@@ -22,6 +22,8 @@ from effkern.ops.laurel.triton_launch import Launch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # What "auto" takes instead.
 OTHERS = ("reference",) if DEVICE == "cuda" else ("cpp", "reference")
+# Leave the default run: seconds in the interpreter, and on a GPU minutes of compilation.
+BULK = pytest.mark.slow
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -96,9 +98,10 @@ FAMILIES = {
     "per_channel_coefficients_alone": Case(weights=0, addends=1, coefficients=2, norm=False),
     "per_channel_both": Case(weights=2, addends=2, coefficients=2, own=3, past=2),
     "per_channel_weights_alone": Case(weights=2, addends=2, coefficients=1),
-    **{name: Case(scalar_map=name, own=2) for name in SCALAR_MAPS},
-    **{f"{name}_per_channel": Case(weights=2, scalar_map=name) for name in SCALAR_MAPS},
+    **{f"map_{name}": Case(scalar_map=name, own=2) for name in SCALAR_MAPS},
+    **{f"map_{name}_per_channel": Case(weights=2, scalar_map=name) for name in SCALAR_MAPS},
 }
+MOST_MAPS = [f"map_{name}_per_channel" for name in SCALAR_MAPS if name != "sigmoid1"]
 # In the interpreter one D chunk, no mask; and sizes below a tile.
 SIZES = {
     "one_row": Case(own=3, rows=1),
@@ -168,22 +171,32 @@ def check(case: Case, dtype: torch.dtype, without: tuple[str, ...] = ()) -> None
     ours, eager = (run(impl, given, None, **grads) for impl in ("triton", "reference"))
     truth = run("reference", given, torch.float64, **grads)
     assert ours.keys() == eager.keys() == truth.keys()
+    # Gradients of scalars are sums over tokens that cancel: held to one unit of what is summed, |g| |f| + |g| |x|.
+    summed = sum(truth[f"grad of {t}"].norm() * given[t].double().norm() for t in ("branch", "x")).item()
     for name, exact in truth.items():
-        # The reference adds the products for scalars in float64 where the kernels add those of a tile in float32, and a
-        # difference of the sums is divided by alpha: measured up to 2.4 times its error per channel, and a few numbers
-        # it hits by luck.
-        of_scalars = name in ("grad of weights", "grad of addend_weights")
-        factor, ulps = (8.0, 64.0) if of_scalars else (2.0, 2.0)
+        # beta g is rounded before dU A^T joins: measured up to 2.2 units in float32.
+        ulps = 4.0
+        if name in ("grad of weights", "grad of addend_weights"):
+            units = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+            ulps = max(ulps, units * summed / max(exact.norm().item(), 1e-30))
         try:
-            assert_as_good_as_eager(ours[name], eager[name], exact, factor, ulps)
+            assert_as_good_as_eager(ours[name], eager[name], exact, ulps=ulps)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_family(name, dtype):
-    check(FAMILIES[name], dtype)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=BULK if n in MOST_MAPS else ()) for n in FAMILIES])
+def test_every_family(name):
+    check(FAMILIES[name], torch.float32)
+
+
+# In the default run those that round most differently.
+ROUNDED = ("weights_low_rank", "per_channel_both", "past_and_ahead", "gemma", "raw_scalars")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ROUNDED else BULK) for n in FAMILIES])
+def test_every_family_in_bfloat16(name):
+    check(FAMILIES[name], torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
@@ -203,11 +216,11 @@ def test_two_kernels(inner, monkeypatch):
     """x A by torch.mm in forward, and dU A^T in backward: where the columns of A are too many for a tile."""
     monkeypatch.setattr(launcher, "ONE_KERNEL", 0)
     check(Case(own=3, past=4, ahead=2, inner=inner), torch.float32)
-    check(Case(own=3, inner=inner, addends=1, coefficients=1), torch.bfloat16)
+    check(Case(own=3, inner=inner, addends=1, coefficients=1), torch.float32)
     check(Case(ahead=4), torch.float32)
 
 
-def test_float16():
+def test_half():
     """Its alpha g may be too small for the product that gives the gradient of B."""
     check(Case(own=3), torch.float16)
 
@@ -243,7 +256,7 @@ def test_layouts():
 
 
 def test_same_bits_every_time():
-    given = make(FAMILIES["per_channel_both"], torch.bfloat16)
+    given = make(FAMILIES["per_channel_both"], torch.float32)
     grads = {"y": torch.randn(7, 37, device=DEVICE)}
     first, second = (run("triton", given, None, **grads) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)

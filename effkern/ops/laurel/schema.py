@@ -60,7 +60,8 @@ def _forward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             y, *rest = triton.forward(p)
         else:
             y, *rest = driver.forward(p, _passes(impl))
-    return (y, *_given(y, *rest))
+    normed, own, rstd = _given(y, *rest)
+    return y, normed, own, rstd
 
 
 def _backward(*arguments) -> tuple:
