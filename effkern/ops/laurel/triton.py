@@ -3,7 +3,10 @@
 Bytes that must move, in units of N D elements of x's type (a move), with a norm, and without the N r of u:
 forward 4 (read f, x, write y, z), 8 N D bytes in half precision, as much as a plain fused add + RMSNorm; x A by
 torch.mm makes it 5. Backward 6 (read g_y, g_z, x, y, write df, dx), and 2 for the products dA = x^T dU and dB ~ v^T df;
-without weights 5 and 2. What a pass reads again comes from the L2 cache. No GPU has run any of it yet.
+without weights 5 and 2. What a pass reads again comes from the L2 cache.
+
+At 3.35 TB/s, N = 16384, D = 2048 that is 80 us forward and 160 us backward. At r = 64 the L2 cache, which also gives A
+and B to every tile of rows, may be the limit before memory is. These are estimates: no GPU has run any of it yet.
 """
 
 from typing import Any
@@ -182,12 +185,9 @@ def backward(
         grad_x.addmm_(grad_u, down.t())
     grad_down = grad_scaled = None
     if down is not None:
-        grad_down = x.new_zeros(down.shape, dtype=torch.float32)
-        if grad_u is not None:
-            gemm.add_weight_grad(grad_down, x, grad_u, True)
+        grad_down = x.new_zeros(down.shape, dtype=torch.float32) if grad_u is None else _product(x, grad_u)
     if v is not None:
-        grad_scaled = x.new_empty((num_up, dim), dtype=torch.float32)
-        gemm.add_weight_grad(grad_scaled, v, grad_branch if g is None else g, True)
+        grad_scaled = _product(v, grad_branch if g is None else g)
     if w is None:
         grad_up, grad_inner = grad_scaled, None
         grad_weights, grad_coefficients, factor = _scalar_grads(p, sums, g is None)
@@ -203,6 +203,16 @@ def backward(
         grad_branch, grad_x, grad_weights, grad_down, grad_up, grad_past, grad_inner, grad_addends, grad_coefficients,
         None if p.norm_weight_D is None else norm_sums.sum(0),
     )  # fmt: skip
+
+
+def _product(a_NK: Tensor, b_NL: Tensor) -> Tensor:
+    """a^T b, [K, L] in float32."""
+    shape = (a_NK.shape[1], b_NL.shape[1])
+    if a_NK.shape[0] == 0:
+        return a_NK.new_zeros(shape, dtype=torch.float32)
+    total_KL = a_NK.new_empty(shape, dtype=torch.float32)
+    gemm.add_weight_grad(total_KL, a_NK, b_NL, True)
+    return total_KL
 
 
 def _scalar_grads(
