@@ -30,6 +30,14 @@ LOSSES = [
     ("hidden", "forward_kl", 8192, 1024, 512, 32000),
     ("hidden", "jsd", 8192, 1024, 512, 32000),
 ]
+LAUREL_TESTS = "tests/ops/test_laurel_triton.py"
+# The first compares all variants with float64; the last is decoding.
+LAUREL = [
+    "--variant=rw_lr --check-all",
+    "--variant=gemma",
+    "--variant=rw_lr_pa --dim=768 --rank=32",
+    "--variant=rw_lr --rows=32",
+]
 
 
 @dataclass
@@ -49,7 +57,10 @@ def steps(build_dir: str) -> list[Step]:
                            f"-DEFFKERN_OUTPUT_DIR={ROOT / 'effkern'}"], 60),
         Step("build", ["cmake", "--build", build_dir], 150),
         Step("doctor", [PYTHON, "-m", "effkern.cli_doctor"], 30),
-        Step("tests of the ops on the device", [*pytest, "tests/ops", "-m", "not slow"], 150),
+        Step("tests of the ops on the device",
+             [*pytest, "tests/ops", f"--ignore={LAUREL_TESTS}", "-m", "not slow"], 150),
+        # Apart, as most of its time is the compiler's: every option is another kernel.
+        Step("laurel tests on the device", [*pytest, LAUREL_TESTS, "-m", "not slow"], 150),
     ]  # fmt: skip
     for case, divergence, rows, dim, teacher_dim, vocab in LOSSES:
         options = f"--case={case} --divergence={divergence} --rows={rows} --dim={dim} --teacher-dim={teacher_dim}"
@@ -58,6 +69,9 @@ def steps(build_dir: str) -> list[Step]:
         found.append(Step(name, [*command, "--rounds=5", "--json"], 60, lines=True))
     command = [PYTHON, "-m", "benchmarks.ops.token_stats", "--dtype=bfloat16", "--dim=256", "--json"]
     found.append(Step("token_stats", command, 60, lines=True))
+    for options in LAUREL:
+        command = [PYTHON, "-m", "benchmarks.ops.laurel_gpu", "--rounds=5", "--json", *options.split()]
+        found.append(Step(f"laurel {options}", command, 60, lines=True))
     found.append(Step("label_rank", [PYTHON, "-m", "benchmarks.ops.label_rank", "--json"], 60, lines=True))
     return found
 

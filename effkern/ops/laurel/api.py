@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from effkern.ops import registry
@@ -53,8 +52,8 @@ def laurel_residual(
     each (PA-shared, RW+LR+PA) is linear in x, so that the earlier layer computes x A for later ones too (`ahead`, the
     columns of its `down` beyond its own) and they take it as `past`: r numbers per token instead of D. A factor gamma
     per layer goes into the rows of up. Gemma 3n: scale 2^-1/2, low_rank_norm, addends=(stream,).
-    Everything between loads and stores is float32 (float64), sums over tokens of alpha and beta are float64 on a CPU;
-    the skinny products take x's dtype with float32 accumulation.
+    Everything between loads and stores is float32 (float64), sums over tokens for alpha and beta are float64 (within a
+    tile of tokens float32 on a GPU); the skinny products take x's dtype with float32 accumulation.
 
     Args:
         branch: f(x), shape [..., D]; cast to x's dtype. Gets a gradient, like every tensor below.
@@ -69,7 +68,7 @@ def laurel_residual(
         norm_weight: shape [D], used as it is (no 1 + w).
         save_branch: keep f for backward. None: only for scalar_map="none", whose alpha may reach 0. Otherwise alpha's
             gradient is found from y, which divides by alpha: |alpha| >= 1e-3 is asked for (looked at on the CPU).
-        impl: "auto", "cpp" or "reference".
+        impl: "auto", "cpp", "triton" (CUDA) or "reference".
 
     Returns:
         LaurelOutput(y, normed | None, ahead | None), in x's dtype.
@@ -77,7 +76,7 @@ def laurel_residual(
     Raises:
         ValueError: a shape, device or number breaks a rule, alpha is near 0 with save_branch=False.
         TypeError: unsupported dtype; scalars in half precision.
-        NotImplementedError: impl does not cover the device or dtype; a second derivative.
+        NotImplementedError: impl does not cover the device, dtype, rank or number of addends; a second derivative.
 
     Memory: kept for backward: x, y (the next block's input), x A (S per token), rstd (1 per token), and not f.
     Deterministic, backward too.
@@ -94,12 +93,17 @@ def laurel_residual(
     elif not save_branch and weights is not None:
         checks.check_alpha(weights, scalar_map)
     options = Options(
-        scalar_map, float(scale), float(low_rank_eps), float(norm_eps), choose(impl, x), bool(save_branch)
+        scalar_map,
+        float(scale),
+        float(low_rank_eps),
+        float(norm_eps),
+        choose(impl, x, up, addends),
+        bool(save_branch),
     )
     y, normed, own = LaurelResidual.apply(
         options, _rows(branch.to(x.dtype)), _rows(x), _packed(weights), down, up,
-        None if past is None else _rows(past.to(x.dtype)), _packed(low_rank_norm), _packed(addend_weights), _packed(norm_weight),
-        *(_rows(e) for e in addends),
+        None if past is None else _rows(past.to(x.dtype)), _packed(low_rank_norm), _packed(addend_weights),
+        _packed(norm_weight), *(_rows(e) for e in addends),
     )  # fmt: skip
     ahead = None
     if down is not None:
@@ -117,11 +121,14 @@ def _packed(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def choose(impl: str, x: Tensor) -> str:
-    """The implementation of a call; the C++ passes take float32 and bfloat16."""
+def choose(impl: str, x: Tensor, up: Tensor | None, addends: Sequence[Tensor]) -> str:
+    """The implementation of a call; a CPU tensor goes to Triton's interpreter only where that is asked for."""
     name = registry.choose(checks.OP, impl, x.device)
-    if name == "cpp" and x.dtype not in (torch.float32, torch.bfloat16):
+    if impl == "auto" and name == "triton" and x.device.type == "cpu":
+        return "reference"
+    rule = checks.not_covered(name, x, up, addends)
+    if rule is not None:
         if impl != "auto":
-            raise NotImplementedError(f"{checks.OP}: impl='cpp' takes float32 and bfloat16, got {x.dtype}")
+            raise NotImplementedError(f"{checks.OP}: impl={impl!r} takes {rule}")
         return "reference"
     return name

@@ -11,6 +11,8 @@ OP = "laurel_residual"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Below it, alpha's gradient loses more than three of the seven digits when the branch is not kept.
 LEAST_ALPHA = 1e-3
+# What the Triton kernels take: rows of up, and addends.
+TRITON_RANK, TRITON_ADDENDS = 256, 4
 
 
 def check_stream(branch: Tensor, x: Tensor) -> None:
@@ -114,6 +116,20 @@ def check_alpha(weights: Tensor, scalar_map: str) -> None:
     least = coefficients(weights.detach(), scalar_map)[0].abs().min().item()
     if not least >= LEAST_ALPHA:
         raise ValueError(f"{OP}: alpha must be at least {LEAST_ALPHA} in size with save_branch=False, got {least:.3g}")
+
+
+def not_covered(impl: str, x: Tensor, up: Tensor | None, addends: Sequence[Tensor]) -> str | None:
+    """The rule of an implementation that these inputs break; the C++ passes take float32 and bfloat16."""
+    if impl == "cpp" and x.dtype not in (torch.float32, torch.bfloat16):
+        return f"float32 and bfloat16, got {x.dtype}"
+    if impl == "triton":
+        if x.dtype == torch.float64:
+            return f"float32, bfloat16 and float16, got {x.dtype}"
+        if up is not None and up.shape[0] > TRITON_RANK:
+            return f"up with at most {TRITON_RANK} rows, got {up.shape[0]}"
+        if len(addends) > TRITON_ADDENDS:
+            return f"at most {TRITON_ADDENDS} addends, got {len(addends)}"
+    return None
 
 
 def _wide(name: str, weights: Tensor) -> None:

@@ -82,7 +82,7 @@ def backward(p: BackwardPass) -> None:
                 grad_raw = grad_raw[:, :first]
         low = None
         if p.grad_down_DS is not None and p.down_DS is not None:
-            grad_u = _own_grad(grad_raw, _cut(p.grad_own_NS, rows), p.down_DS.shape[1])
+            grad_u = own_grad(grad_raw, _cut(p.grad_own_NS, rows), p.down_DS.shape[1])
             if grad_u is not None:
                 grad_u = grad_u.to(x.dtype)
                 gemm.add_weight_grad(p.grad_down_DS, x[rows], grad_u, False)
@@ -90,7 +90,7 @@ def backward(p: BackwardPass) -> None:
         reference.grad_x(g, low, p.beta, p.grad_x_ND[rows])
 
 
-def _own_grad(grad_raw: Tensor | None, grad_own: Tensor | None, width: int) -> Tensor | None:
+def own_grad(grad_raw: Tensor | None, grad_own: Tensor | None, width: int) -> Tensor | None:
     """[C, S]: what reached this layer's own columns, plus what later layers sent to all of them."""
     if grad_own is None:
         return None if grad_raw is None else torch.nn.functional.pad(grad_raw, (0, width - grad_raw.shape[1]))

@@ -1,6 +1,6 @@
 """Forward and backward around the passes over rows: small operands before them, gradients of scalars after them.
 
-    N tokens, D channels, S columns of A (down), R rows of B (up), P look-ahead products of earlier layers, M addends
+N tokens, D channels, S columns of A (down), R rows of B (up), P look-ahead products of earlier layers, M addends
 """
 
 from typing import NamedTuple
@@ -202,7 +202,5 @@ def _scalar_grads(
             of_branch = of_branch / alpha
         if p.weights.dim() == 1:
             of_branch, of_x = of_branch.sum(0, keepdim=True), of_x.sum(0, keepdim=True)
-        grad_weights = scalars.gradient(
-            p.weights.to(w.alpha.dtype), p.scalar_map, of_branch * p.scale, of_x * p.scale
-        )
+        grad_weights = scalars.gradient(p.weights.to(w.alpha.dtype), p.scalar_map, of_branch * p.scale, of_x * p.scale)
     return grad_weights, grad_coefficients

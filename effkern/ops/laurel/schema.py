@@ -1,4 +1,4 @@
-"""Operators of the residual: laurel_fwd and laurel_bwd, whose kernel is the driver, and the C++ passes it calls."""
+"""Operators of the residual: laurel_fwd and laurel_bwd, by the driver or by Triton, and the driver's passes in C++."""
 
 import torch
 from torch import Tensor
@@ -57,8 +57,14 @@ def _forward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     p = driver.Problem(*problem)
     # The products have their types already.
     with torch.autocast(p.x_ND.device.type, enabled=False):
-        y, *rest = driver.forward(p, _passes(impl))
-    return (y, *_given(y, *rest))
+        if impl == "triton":
+            from effkern.ops.laurel import triton
+
+            y, *rest = triton.forward(p)
+        else:
+            y, *rest = driver.forward(p, _passes(impl))
+    normed, own, rstd = _given(y, *rest)
+    return y, normed, own, rstd
 
 
 def _backward(*arguments) -> tuple:
@@ -66,7 +72,13 @@ def _backward(*arguments) -> tuple:
     problem[7] = tuple(problem[7])
     p = driver.Problem(*problem)
     with torch.autocast(p.x_ND.device.type, enabled=False):
-        grads = driver.backward(p, driver.Result(y, None, own, rstd), grad_y, grad_normed, grad_own, _passes(impl))
+        result = driver.Result(y, None, own, rstd)
+        if impl == "triton":
+            from effkern.ops.laurel import triton
+
+            grads = triton.backward(p, result, grad_y, grad_normed, grad_own)
+        else:
+            grads = driver.backward(p, result, grad_y, grad_normed, grad_own, _passes(impl))
     branch, x, *small, addends, coefficients, norm_weight = grads
     return (branch, x, *_given(x, *small, coefficients, norm_weight), list(addends))
 
@@ -118,4 +130,4 @@ def _fake_backward_chunks(*args) -> None:
     return None
 
 
-registry.register("laurel_residual", registry.cpp(), registry.reference())
+registry.register("laurel_residual", registry.cpp(), registry.triton(), registry.reference())
