@@ -24,6 +24,9 @@ class LaurelConfig:
     x0: bool = False
     """Also add the first hidden state, with a learned factor that starts at 0."""
     init: str = "column_orthogonal"
+    save_branch: bool = False
+    """Keep the branch's output for alpha's gradient, which in bfloat16 is inexact without it where the stream is much
+    larger than the branch."""
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -36,8 +39,9 @@ class LaurelConfig:
             if value not in known:
                 raise ValueError(f"LaurelConfig: {name} must be one of {sorted(known)}, got {value!r}")
         for name in ("rank", "look_back"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"LaurelConfig: {name} must be at least 1, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"LaurelConfig: {name} must be a whole number of at least 1, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,8 @@ class DecoderConfig:
         for name in ("rope_theta", "norm_eps", "init_std"):
             self._require(name, getattr(self, name) > 0, "be positive")
         self._check_parts()
+        if not isinstance(self.laurel, LaurelConfig):
+            raise TypeError(f"DecoderConfig: laurel must be a LaurelConfig, got {self.laurel!r}")
         if self.residual == "laurel" and VARIANTS[self.laurel.variant].low_rank and self.laurel.rank > self.hidden_size:
             raise ValueError(
                 f"DecoderConfig: laurel.rank must be at most hidden_size={self.hidden_size}, got {self.laurel.rank}"

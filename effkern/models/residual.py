@@ -54,6 +54,7 @@ class LaurelBranch(AddResidual):
             self.laurel = LaurelResidual(
                 config.hidden_size, c.variant, rank=c.rank, num_previous=span[0], num_following=span[1],
                 scalar_map=c.scalar_map, per_channel=c.per_channel, x0=c.x0, init=c.init,
+                save_branch=c.save_branch or None,
             )  # fmt: skip
 
     @staticmethod

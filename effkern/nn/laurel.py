@@ -86,7 +86,7 @@ class LaurelResidual(nn.Module):
         x0: also add gamma_0' x0, the network's first hidden state; the factor starts at 0.
         init: of A: "column_orthogonal" (the paper's for language models) or "xavier" (its ResNet's). B starts at 0,
             gamma at 1 with A and B, otherwise at 0.
-        impl: as in laurel_residual.
+        save_branch, impl: as in laurel_residual.
 
     The scalars are float32 in every model: `.to(dtype)` and `.half()` leave them.
 
@@ -106,6 +106,7 @@ class LaurelResidual(nn.Module):
         per_channel: bool = False,
         x0: bool = False,
         init: str = "column_orthogonal",
+        save_branch: bool | None = None,
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -122,7 +123,7 @@ class LaurelResidual(nn.Module):
             _require(name, count, kind.previous or count == 0, f"be 0 for variant {variant!r}, which reads none")
         self.dim, self.variant, self.kind, self.rank = dim, variant, kind, rank
         self.num_previous, self.num_following = num_previous, num_following
-        self.scalar_map, self.impl, self.init = scalar_map, impl, init
+        self.scalar_map, self.impl, self.init, self.save_branch = scalar_map, impl, init, save_branch
         self.weights = self.gamma = self.x0_weight = self.down = self.up = None
 
         def scalars(count: int) -> nn.Parameter:
@@ -140,8 +141,9 @@ class LaurelResidual(nn.Module):
             reads, sends = (1, 1) if kind.shared else (1 + num_previous, 1 + num_following)
             self.down = nn.Parameter(torch.empty(dim, sends * rank, device=device, dtype=dtype))
             self.up = nn.Parameter(torch.empty(reads * rank, dim, device=device, dtype=dtype))
-        # Later residuals whose A meets this one's input; a tuple, so that they are not registered here as well.
-        self._following: tuple[LaurelResidual, ...] = ()
+        # The linked stack, one list for all of its residuals, in which they are not registered as submodules.
+        self._stack: list[LaurelResidual] = []
+        self._place = 0
         self.reset_parameters()
 
     @classmethod
@@ -156,16 +158,25 @@ class LaurelResidual(nn.Module):
         Raises:
             ValueError: some residual reads more inputs than there are before it, or is read by fewer than it says.
         """
-        for i, residual in enumerate(residuals):
-            following = tuple(r for j, r in enumerate(residuals[i + 1 :]) if r.num_previous > j)
-            _require(
-                f"residuals[{i}].num_previous", residual.num_previous, residual.num_previous <= i, f"be at most {i}"
+        stack = list(residuals)
+        for i, residual in enumerate(stack):
+            readers = sum(r.num_previous > j for j, r in enumerate(stack[i + 1 :]))
+            reads, sends, rule = (
+                residual.num_previous,
+                residual.num_following,
+                f"be {readers}, as so many read its input",
             )
-            rule = f"be {len(following)}, as so many read its input"
+            _require(f"residuals[{i}].num_previous", reads, reads <= i, f"be at most {i}")
+            _require(f"residuals[{i}].num_following", sends, sends == readers, rule)
+            most = stack[i - 1].num_previous + 1 if i else 0
             _require(
-                f"residuals[{i}].num_following", residual.num_following, residual.num_following == len(following), rule
+                f"residuals[{i}].num_previous", reads, reads <= most, f"be at most {most}, one more than before it"
             )
-            residual._following = following
+            for name in ("variant", "rank", "dim"):
+                first, own = getattr(stack[0], name), getattr(residual, name)
+                _require(f"residuals[{i}].{name}", own, own == first, f"be that of the stack, {first!r}")
+        for i, residual in enumerate(stack):
+            residual._stack, residual._place = stack if residual.kind.shared else [], i
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -188,11 +199,15 @@ class LaurelResidual(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         """The scalars go along to other devices, but stay in float32 with all their digits."""
-        before = {name: p.detach() for name, p in self._scalars()}
+        # Copies of the gradients, as those are cast in place.
+        before = {n: (p.detach(), None if p.grad is None else p.grad.clone()) for n, p in self._scalars()}
         super()._apply(fn, recurse)
         for name, p in self._scalars():
             if p.dtype in (torch.bfloat16, torch.float16):
-                p.data = before[name].to(p.device)
+                value, grad = before[name]
+                p.grad = None
+                p.data = value.to(p.device)
+                p.grad = None if grad is None else grad.to(p.device)
         return self
 
     def scalars(self) -> list[nn.Parameter]:
@@ -240,32 +255,34 @@ class LaurelResidual(nn.Module):
                 raise ValueError(f"LaurelResidual: history[{j}] must be of this batch, {want}, got {got}")
         addends: list[Tensor] = []
         factors: list[Tensor] = []
-        if x0 is not None and self.x0_weight is not None:
+        weights, gamma, x0_weight = _full(self.weights), _full(self.gamma), _full(self.x0_weight)
+        if x0 is not None and x0_weight is not None:
             addends.append(x0)
-            factors.append(rows_of(self.x0_weight))
+            factors.append(rows_of(x0_weight))
         down: Tensor | None = self.down
         up: Tensor | None = self.up
         past = None
         if self.kind.previous and self.kind.low_rank:
-            assert self.gamma is not None
+            assert gamma is not None
             assert up is not None
             down = self._sent_down()
             past = self._past(history)
             if self.kind.shared:
                 # [gamma_0 B; gamma_1 B; ...]
-                up = (self.gamma.to(up.dtype)[:, None, None] * up).flatten(0, 1)
+                up = (gamma.to(up.dtype)[:, None, None] * up).flatten(0, 1)
             else:
-                up = up * self.gamma.to(up.dtype).repeat_interleave(self.rank)[:, None]
+                up = up * gamma.to(up.dtype).repeat_interleave(self.rank)[:, None]
         elif self.kind.previous:
-            assert self.gamma is not None
-            gamma = rows_of(self.gamma)
-            if self.weights is not None:
-                gamma = gamma * coefficients(self.weights, self.scalar_map)[1]
+            assert gamma is not None
+            factor = rows_of(gamma)
+            if weights is not None:
+                factor = factor * coefficients(weights, self.scalar_map)[1]
             addends += [x, *history[: self.num_previous]]
-            factors.append(gamma)
+            factors.append(factor)
         out = laurel_residual(
-            branch, x, weights=self.weights, scalar_map=self.scalar_map, down=down, up=up, past=past, addends=addends,
-            addend_weights=_stack(factors), norm_weight=norm_weight, norm_eps=norm_eps, impl=self.impl,
+            branch, x, weights=weights, scalar_map=self.scalar_map, down=down, up=up, past=past, addends=addends,
+            addend_weights=_stack(factors), norm_weight=norm_weight, norm_eps=norm_eps, save_branch=self.save_branch,
+            impl=self.impl,
         )  # fmt: skip
         return LaurelStep(out.y, out.normed, self._next_history(x, out.ahead, history))
 
@@ -274,10 +291,17 @@ class LaurelResidual(nn.Module):
         assert self.down is not None
         if not self.kind.shared:
             return self.down
-        if len(self._following) != self.num_following:
-            rule = f"tell of {self.num_following} later residuals"
-            raise ValueError(f"LaurelResidual: link(residuals) must {rule}, got {len(self._following)}")
-        return torch.cat([self.down, *(r.down for r in self._following if r.down is not None)], 1)
+        following: list[Tensor] = []
+        if self.num_following:
+            if not self._stack:
+                rule = f"tell of {self.num_following} later residuals"
+                raise ValueError(f"LaurelResidual: link(residuals) must {rule}, got none")
+            later = self._stack[self._place + 1 : self._place + 1 + self.num_following]
+            following = [r.down for r in later if r.down is not None]
+            if any(type(d) is not type(self.down) for d in following):
+                rule = "be gathered with it: keep a stack with shared A in one unit of FSDP"
+                raise RuntimeError(f"LaurelResidual: A of later residuals must {rule}, got it sharded")
+        return torch.cat([self.down, *following], 1)
 
     def _past(self, history: History) -> Tensor | None:
         if self.num_previous == 0:
@@ -302,6 +326,11 @@ class LaurelResidual(nn.Module):
 def _require(name: str, value: object, holds: bool, rule: str) -> None:
     if not holds:
         raise ValueError(f"LaurelResidual: {name} must {rule}, got {value!r}")
+
+
+def _full(p: Tensor | None) -> Tensor | None:
+    """Scalars in float32: FSDP casts gathered parameters as it likes."""
+    return p.float() if p is not None and p.dtype in (torch.bfloat16, torch.float16) else p
 
 
 def _stack(factors: list[Tensor]) -> Tensor | None:

@@ -84,7 +84,9 @@ def snapshot(
 
 def check_same_run(checkpoint: Checkpoint, config: TrainConfig, inputs: Inputs) -> None:
     """Raises CheckpointError listing every field in which the stored run differs; nothing is changed."""
-    wrong = differences(checkpoint.data["config"], config, FREE_ON_RESUME)
+    # A field that is newer than the run had its default.
+    begun = overlay(TrainConfig(), checkpoint.data["config"], source=f"checkpoint {checkpoint.path}")
+    wrong = differences(asdict(begun), config, FREE_ON_RESUME)
     stored = checkpoint.data["inputs"]
     for name in ("dataset", "tokenizer"):
         if stored[name] != getattr(inputs, name):

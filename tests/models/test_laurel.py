@@ -76,8 +76,9 @@ def test_scalars_get_no_weight_decay():
     assert {name.rsplit(".", 1)[1] for name in matrices} == {"down", "up"}
 
 
-def test_compiles():
-    model, tokens = disturbed(config("rw+lr+pa")), torch.randint(0, 37, (2, 9))
+@pytest.mark.parametrize("variant", ["rw+lr+pa", "pa-shared"])
+def test_compiles(variant):
+    model, tokens = disturbed(config(variant)), torch.randint(0, 37, (2, 9))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(tokens), model(tokens))
 
@@ -104,8 +105,9 @@ def test_it_learns():
     [
         ({"variant": "rw-lr"}, "LaurelConfig: variant must be one of"),
         ({"placement": "mlp"}, "LaurelConfig: placement must be one of .*got 'mlp'"),
-        ({"rank": 0}, "LaurelConfig: rank must be at least 1, got 0"),
-        ({"look_back": 0}, "LaurelConfig: look_back must be at least 1, got 0"),
+        ({"rank": 0}, "LaurelConfig: rank must be a whole number of at least 1, got 0"),
+        ({"rank": 2.5}, "LaurelConfig: rank must be a whole number of at least 1, got 2.5"),
+        ({"look_back": 0}, "LaurelConfig: look_back must be a whole number of at least 1, got 0"),
         ({"scalar_map": "relu"}, "LaurelConfig: scalar_map must be one of"),
         ({"rank": 25}, "DecoderConfig: laurel.rank must be at most hidden_size=24, got 25"),
     ],

@@ -1,5 +1,6 @@
 """LaurelResidual: chains of every variant against the paper's sums over kept inputs, starts, dtypes, errors."""
 
+import copy
 import io
 
 import pytest
@@ -127,6 +128,53 @@ def test_scalars_stay_float32():
     assert all(p.device.type == "meta" for p in r.parameters())
 
 
+def test_half_precision_parameters_from_outside():
+    """FSDP and functional_call hand in parameters of their own dtype."""
+    r = LaurelResidual(DIM, "rw+lr+pa", rank=RANK, x0=True)
+    x = torch.randn(3, DIM).bfloat16()
+    half = {n: p.detach().bfloat16().requires_grad_() for n, p in r.named_parameters()}
+    y = torch.func.functional_call(r, half, (x, x), {"x0": x}).y
+    torch.testing.assert_close(y, 2 * x)
+    y.float().sum().backward()
+    assert all(p.grad.dtype == torch.bfloat16 for n, p in half.items())
+
+
+def test_casting_keeps_gradients_with_their_parameters():
+    r = LaurelResidual(DIM, "rw+lr", rank=RANK)
+    r(torch.randn(3, DIM), torch.randn(3, DIM)).y.sum().backward()
+    r.bfloat16()
+    assert all(p.grad.dtype == p.dtype for p in r.parameters())
+    torch.optim.AdamW(r.parameters()).step()
+
+
+def test_the_branch_is_kept_on_request():
+    f, x = (torch.randn(256, DIM) * s for s in (1, 300))
+    f, x, g = f.bfloat16(), x.bfloat16(), torch.randn(256, DIM).bfloat16()
+    r = LaurelResidual(DIM, "rw", scalar_map="sigmoid", save_branch=True)
+    r(f, x).y.backward(g)
+    truth = 0.5 * (g.double() * f.double()).sum()
+    assert abs(r.weights.grad[0].double() - truth) < 1e-5 * (g.double() * f.double()).abs().sum()
+
+
+@pytest.mark.parametrize("variant", ["rw+pa-shared", "rw+lr+pa"])
+def test_copies_of_a_deep_stack(variant):
+    """Copied as a whole, however deep, and linked among themselves."""
+    stack = torch.nn.ModuleList(
+        LaurelResidual(2, variant, rank=1, num_previous=min(2, i), num_following=min(2, 299 - i)) for i in range(300)
+    )
+    LaurelResidual.link(list(stack))
+    twin = copy.deepcopy(stack)
+    with torch.no_grad():
+        stack[1].down.zero_()
+    x = y = torch.randn(3, 2)
+    history = ()
+    for r in twin:
+        y, _, history = r(torch.zeros_like(x), y, history)
+    torch.testing.assert_close(y, x)
+    if variant == "rw+pa-shared":
+        assert twin[0]._stack[1] is twin[1]
+
+
 def test_state_dict():
     first, second = chain("rw+pa-shared", x0=True), chain("rw+pa-shared", x0=True)
     file = io.BytesIO()
@@ -180,9 +228,15 @@ def test_call_errors():
     with pytest.raises(ValueError, match="x0 must be None, as the module was made with x0=False, got a tensor"):
         LaurelResidual(DIM, "rw")(x, x, x0=x)
     shared = [LaurelResidual(DIM, "pa-shared", rank=RANK, num_previous=i, num_following=1 - i) for i in (0, 1)]
-    with pytest.raises(ValueError, match=r"link\(residuals\) must tell of 1 later residuals, got 0"):
+    with pytest.raises(ValueError, match=r"link\(residuals\) must tell of 1 later residuals, got none"):
         shared[0](x, x)
     with pytest.raises(ValueError, match=r"residuals\[0\].num_previous must be at most 0, got 1"):
         LaurelResidual.link(shared[::-1])
+    other = [LaurelResidual(DIM, "rw+lr+pa", rank=r, num_previous=i, num_following=1 - i) for i, r in enumerate((4, 2))]
+    with pytest.raises(ValueError, match=r"residuals\[1\].rank must be that of the stack, 4, got 2"):
+        LaurelResidual.link(other)
+    jump = [LaurelResidual(DIM, "pa-id", num_previous=p, num_following=f) for p, f in ((0, 1), (0, 1), (2, 0))]
+    with pytest.raises(ValueError, match=r"residuals\[2\].num_previous must be at most 1, one more .*got 2"):
+        LaurelResidual.link(jump)
     with pytest.raises(ValueError, match=r"residuals\[0\].num_following must be 0, as so many read its input, got 1"):
         LaurelResidual.link(shared[:1])

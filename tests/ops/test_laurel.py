@@ -191,6 +191,26 @@ def test_what_backward_keeps(impl):
         assert rest <= 11 * (kw["down"].shape[1] + 1 if "down" in kw else 1)
 
 
+def test_addends_without_a_learned_factor_are_not_kept():
+    f, x, *addends = torch.randn(5, 7, 13, requires_grad=True)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = laurel_residual(f, x, addends=addends, scale=0.5).y
+    assert {t.data_ptr() for t in kept} == {x.data_ptr()}
+    for g in torch.autograd.grad(y.sum(), [f, x, *addends]):
+        assert torch.equal(g, torch.full((7, 13), 0.5))
+
+
+@pytest.mark.parametrize("weights", [[-60.0, 60.0], [0.0, 0.0]])
+@IMPL
+def test_no_share_of_the_branch(impl, weights):
+    """alpha rounds to 0, or scale is 0: the scalars' gradients are 0 then, not 0/0."""
+    w = torch.tensor(weights, requires_grad=True)
+    f, x = torch.randn(2, 5, 13)
+    laurel_residual(f, x, weights=w, scale=1.0 if weights[1] else 0.0, impl=impl).y.sum().backward()
+    assert torch.equal(w.grad, torch.zeros(2))
+
+
 @pytest.mark.parametrize("scalar_map", SCALAR_MAPS)
 @pytest.mark.parametrize("shape", [(), (5,)])
 def test_scalar_maps(scalar_map, shape):
@@ -332,6 +352,11 @@ def _error_cases():
     yield "alpha", zero, ValueError, "alpha must be at least 0.001 in size with save_branch=False, got 0"
     nan = zero | {"weights": torch.tensor([float("nan"), 1.0], requires_grad=True)}
     yield "alpha nan", nan, ValueError, "alpha must be at least 0.001 in size with save_branch=False, got nan"
+    yield "scale", {"scale": float("nan")}, ValueError, "scale must be a finite number, got nan"
+    yield "scale type", {"scale": "2"}, TypeError, "scale must be a number, got '2'"
+    yield "no tensor", {"branch": [1.0]}, TypeError, "branch must be a tensor, got list"
+    yield "no addends", {"addends": None}, TypeError, "addends must be a sequence of tensors, got None"
+    yield "empty past", {**low, "past": torch.zeros(11, 0)}, ValueError, "past must have at least one column, got 0"
     yield "impl", {"impl": "fast"}, ValueError, "impl must be one of"
     yield "device", {"branch": torch.zeros(11, D, device="meta")}, ValueError, "branch must be on cpu, got meta"
 

@@ -25,6 +25,7 @@ def apply_laurel(
     per_channel: bool = False,
     x0: bool = False,
     init: str = "column_orthogonal",
+    save_branch: bool | None = None,
     impl: str = "auto",
 ) -> Model:
     """Make the residual additions of a transformers decoder learned: y = alpha f(x) + beta (x + what the variant adds).
@@ -32,7 +33,8 @@ def apply_laurel(
     For Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma2 and Gemma3 (text), alone or under a head. Every layer gets
     submodules effkern.nn.LaurelResidual, whose parameters are trained, saved and moved with the model's; the norm
     between attention and MLP runs fused with the residual before it. Norms of a branch (Gemma2, Gemma3) belong to f.
-    With the default scalar_map the changed model computes what it did, up to rounding.
+    With the default scalar_map the changed model computes what it did, up to rounding. To load such a model, make it,
+    apply this, then load the state dict: from_pretrained knows nothing of the new parameters and leaves them out.
 
     Args:
         model: changed in place. Its layers must have their own forward: apply before accelerate's device hooks, and
@@ -42,7 +44,8 @@ def apply_laurel(
             layer (laurel_block), whose f is what attention and MLP add up to; the residual inside stays plain.
         look_back: k >= 1, the inputs that a residual mixes, its own and those of the k - 1 residuals before it, across
             layers. Only for variants with "pa".
-        rank, scalar_map, per_channel, x0, init, impl: see effkern.nn.LaurelResidual; x0 is the first layer's input.
+        rank, scalar_map, per_channel, x0, init, save_branch, impl: see effkern.nn.LaurelResidual; x0 is the first
+            layer's input.
 
     Returns:
         `model`. Its parameters named weights, gamma and x0_weight (LaurelResidual.scalars) want no weight decay.
@@ -73,8 +76,8 @@ def apply_laurel(
         like = layers[i // len(names)].input_layernorm.weight
         residual = LaurelResidual(
             like.shape[0], variant, rank=rank, num_previous=min(i, back), num_following=min(count - 1 - i, back),
-            scalar_map=scalar_map, per_channel=per_channel, x0=x0, init=init, impl=impl, device=like.device,
-            dtype=like.dtype,
+            scalar_map=scalar_map, per_channel=per_channel, x0=x0, init=init, save_branch=save_branch,
+            impl=impl, device=like.device, dtype=like.dtype,
         )  # fmt: skip
         residuals.append(residual.train(model.training))
     LaurelResidual.link(residuals)

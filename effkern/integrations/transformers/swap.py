@@ -17,7 +17,17 @@ _ORIGINAL = "_effkern_original"
 def _subclass(original: Any, forward: Callable[..., Any]) -> type:
     # The name stays: lists such as `_no_split_modules` know layers by it.
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    return type(original.__name__, (original,), {**names, "forward": forward, _ORIGINAL: original})
+    own = {"forward": forward, _ORIGINAL: original, "__reduce_ex__": _reduce}
+    return type(original.__name__, (original,), {**names, **own})
+
+
+def _reduce(module: nn.Module, protocol: Any) -> Any:
+    """Pickled as its class and its forward: the subclass itself cannot be found by name."""
+    return _rebuild, (original_class(module), type(module).forward), vars(module)
+
+
+def _rebuild(original: Any, forward: Callable[..., Any]) -> nn.Module:
+    return original.__new__(_subclass(original, forward))
 
 
 def swap(module: nn.Module, forward: Callable[..., Any]) -> None:
@@ -63,4 +73,5 @@ def _release(module: nn.Module) -> None:
 
 def is_bare(module: nn.Module) -> bool:
     """True if calling the module does nothing but its class's forward: then its weight may be used without the call."""
-    return not (is_patched(module) or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not (is_patched(module) or any(hooks))

@@ -29,9 +29,12 @@ class LaurelResidual(torch.autograd.Function):
         ctx.options = options
         # y is the next block's input, so that keeping it costs no memory; where it is not read, it is not kept.
         reads_y = norm_weight is not None or (weights is not None and not options.save_branch)
+        # Addends are read for their factors' gradients, and for alpha's; otherwise x stands for them, as to shape.
+        reads_addends = coefficients is not None and (coefficients.requires_grad or weights is not None)
+        kept = addends if reads_addends else (x,) * len(addends)
         ctx.save_for_backward(
             branch if options.save_branch else None, x, weights, down, up, past, low_rank_weight, coefficients,
-            norm_weight, *addends, y if reads_y else None, None if down is None else own,
+            norm_weight, *kept, y if reads_y else None, None if down is None else own,
             None if norm_weight is None else rstd,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
