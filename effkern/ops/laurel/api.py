@@ -9,7 +9,7 @@ from torch import Tensor
 from effkern.ops import registry
 from effkern.ops.laurel import checks
 from effkern.ops.laurel import schema as schema
-from effkern.ops.laurel.autograd import LaurelResidual, Options
+from effkern.ops.laurel.autograd import Options, apply
 
 
 class LaurelOutput(NamedTuple):
@@ -91,26 +91,31 @@ def laurel_residual(
     checks.check_norm(norm_weight, norm_eps, low_rank_eps, x)
     if save_branch is None:
         save_branch = weights is not None and scalar_map == "none"
-    elif not save_branch and weights is not None:
+    elif not save_branch and weights is not None and torch.is_grad_enabled():
         checks.check_alpha(weights, scalar_map)
     options = Options(
         scalar_map, float(scale), float(low_rank_eps), float(norm_eps), choose(impl, x), bool(save_branch)
     )
-    y, normed, own = LaurelResidual.apply(
+    y, normed, own = apply(
         options, _rows(branch.to(x.dtype)), _rows(x), _packed(weights), down, up,
-        None if past is None else _rows(past.to(x.dtype)), _packed(low_rank_norm), _packed(addend_weights), _packed(norm_weight),
-        *(_rows(e) for e in addends),
+        None if past is None else _rows(past.to(x.dtype)), _packed(low_rank_norm), _packed(addend_weights),
+        _packed(norm_weight), *(_rows(e) for e in addends),
     )  # fmt: skip
     ahead = None
     if down is not None:
         used = 0 if up is None else up.shape[0] - (0 if past is None else past.shape[-1])
         if used < down.shape[1]:
             ahead = own[:, used:].reshape(*x.shape[:-1], down.shape[1] - used)
-    return LaurelOutput(y.view(x.shape), None if norm_weight is None else normed.view(x.shape), ahead)
+    return LaurelOutput(_like(y, x), None if norm_weight is None else _like(normed, x), ahead)
 
 
+# Views of the same shape are left out, as each costs microseconds, twice with autograd.
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).contiguous()
+    return (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
+
+
+def _like(y: Tensor, x: Tensor) -> Tensor:
+    return y if x.dim() == 2 else y.view(x.shape)
 
 
 def _packed(x: Tensor | None) -> Tensor | None:

@@ -17,14 +17,26 @@ class Options(NamedTuple):
     save_branch: bool
 
 
+def apply(options: Options, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """LaurelResidual.apply; without gradients the operator alone, which saves 10 microseconds a call."""
+    return LaurelResidual.apply(options, *tensors) if torch.is_grad_enabled() else _forward(options, *tensors)[:3]
+
+
+def _forward(options: Options, branch, x, weights, down, up, past, low_rank_weight, coefficients, norm_weight,
+             *addends):  # fmt: skip
+    return torch.ops.effkern.laurel_fwd(
+        branch, x, weights, down, up, past, low_rank_weight, list(addends), coefficients, norm_weight, *options[:-1]
+    )
+
+
 class LaurelResidual(torch.autograd.Function):
     """Returns y, normed (empty without a norm) and x A (empty without A)."""
 
     @staticmethod
     def forward(ctx: Any, options: Options, branch, x, weights, down, up, past, low_rank_weight, coefficients,
                 norm_weight, *addends):  # fmt: skip
-        y, normed, own, rstd = torch.ops.effkern.laurel_fwd(
-            branch, x, weights, down, up, past, low_rank_weight, list(addends), coefficients, norm_weight, *options[:-1]
+        y, normed, own, rstd = _forward(
+            options, branch, x, weights, down, up, past, low_rank_weight, coefficients, norm_weight, *addends
         )
         ctx.options = options
         # y is the next block's input, so that keeping it costs no memory; where it is not read, it is not kept.

@@ -111,7 +111,13 @@ def check_alpha(weights: Tensor, scalar_map: str) -> None:
     """Backward divides by alpha where the branch is not kept. Looked at on the CPU alone: elsewhere it is a wait."""
     if torch.compiler.is_compiling() or weights.device.type != "cpu" or not weights.requires_grad:
         return
-    least = coefficients(weights.detach(), scalar_map)[0].abs().min().item()
+    raw = weights.detach()
+    # The default, decided by its two numbers alone: the operators of the map take 8 microseconds.
+    if scalar_map == "softmax2" and raw.dim() == 1:
+        first, second = raw.tolist()
+        if abs(first) < 3.0 and abs(second) < 3.0:
+            return
+    least = coefficients(raw, scalar_map)[0].abs().min().item()
     if not least >= LEAST_ALPHA:
         raise ValueError(f"{OP}: alpha must be at least {LEAST_ALPHA} in size with save_branch=False, got {least:.3g}")
 

@@ -31,9 +31,7 @@ def inverse_rms(raw_NR: Tensor, gram_RR: Tensor, dim: int, eps: float) -> Tensor
     return square.clamp_min_(0.0).div_(dim).add_(eps).rsqrt_()
 
 
-def scale_grad(
-    grad_NR: Tensor, raw_NR: Tensor, gram_RR: Tensor, dim: int, eps: float, grad_gram_RR: Tensor
-) -> Tensor:
+def scale_grad(grad_NR: Tensor, raw_NR: Tensor, gram_RR: Tensor, dim: int, eps: float, grad_gram_RR: Tensor) -> Tensor:
     """The gradient of `raw` from that of v = s raw, [N, R]; that of G (both its triangles) is added to `grad_gram`."""
     raw = raw_NR.to(gram_RR.dtype)
     s = inverse_rms(raw, gram_RR, dim, eps)

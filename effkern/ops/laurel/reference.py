@@ -60,4 +60,3 @@ def backward(r: BackwardRows) -> None:
 def grad_x(g_CD: Tensor, low_rank_CD: Tensor | None, beta: Tensor, out_CD: Tensor) -> None:
     total = beta * g_CD.to(beta.dtype)
     out_CD.copy_(total if low_rank_CD is None else total + low_rank_CD.to(beta.dtype))
-
