@@ -15,10 +15,16 @@ namespace effkern {
 namespace laurel {
 namespace {
 
-// Bytes of x in a chunk. With y and the matrices it shares 1 or 2 MiB of cache.
-constexpr int64_t kChunkBytes = 1 << 19;
-// Elements below which handing a task to another thread costs more than it saves, about 10 microseconds.
-constexpr int64_t kGrain = 1 << 15;
+// Bytes of x in a chunk. They share 1 or 2 MiB of cache with those of y, or of g and the like, and the matrices. The
+// library's bfloat16 products of the forward pass take 20 microseconds a call, whatever their size.
+template <typename T>
+constexpr int64_t kForwardBytes = std::is_same_v<T, float> ? 1 << 19 : 1 << 20;
+template <typename T>
+constexpr int64_t kBackwardBytes = std::is_same_v<T, float> ? 1 << 19 : 1 << 18;
+// Elements below which handing a task to another thread costs more than it saves: 10 microseconds, and those calls.
+template <typename T>
+constexpr int64_t kGrain = std::is_same_v<T, float> ? 1 << 15 : 3 << 16;
+constexpr int64_t kNarrowGrain = 1 << 15;
 // Chunks that a forward pass of few rows is still cut into, and groups of a backward pass.
 constexpr int64_t kChunks = 8, kGroups = 16, kNarrowGroups = 64;
 
@@ -35,14 +41,16 @@ struct Cut {
 };
 
 template <typename T>
-int64_t least_chunks(int64_t rows, int64_t dim) {
-  return std::max<int64_t>(1, ceil_div(rows, std::max<int64_t>(32, kChunkBytes / (dim * static_cast<int64_t>(sizeof(T))))));
+int64_t least_chunks(int64_t rows, int64_t dim, int64_t bytes) {
+  const int64_t fit = bytes / (dim * static_cast<int64_t>(sizeof(T)));
+  return std::max<int64_t>(1, ceil_div(rows, std::max<int64_t>(32, fit)));
 }
 
 template <typename T>
 void forward_chunks(ForwardRows<T> a, const LowRank<T>& l, Rows<T> own, int64_t rows) {
-  const int64_t parts = std::min(kChunks, std::max<int64_t>(1, rows * a.dim / kGrain));
-  const Cut chunks(0, rows, std::max(parts, least_chunks<T>(rows, a.dim)));
+  const int64_t grain = l.columns + l.rank > 0 ? kGrain<T> : kNarrowGrain;
+  const int64_t parts = std::min(kChunks, std::max<int64_t>(1, rows * a.dim / grain));
+  const Cut chunks(0, rows, std::max(parts, least_chunks<T>(rows, a.dim, kForwardBytes<T>)));
   if (l.rank > 0) a.low_rank = {a.y.data, a.y.stride};
   torch::stable::parallel_for(0, chunks.parts(), 1, [&](int64_t begin, int64_t end) {
     Small<T> s(l, chunks.step);
@@ -65,6 +73,7 @@ struct BackwardProblem {
   Rows<const T> x, own, grad_own;
   Rows<T> grad_past;
   int64_t num_rows;
+  bool own_products;
 
   bool reaches_down() const { return low.columns > 0 && (grad_own || low.own > 0); }
 };
@@ -78,18 +87,21 @@ struct Sums {
 template <typename T>
 struct BackwardScratch {
   Small<T> small;
-  Buffer<float> g, weighted, norm_weight;
-  Buffer<T> rounded, q, grad_u, part;
+  Buffer<float> g, q, low, weighted, norm_weight;
+  Buffer<T> rounded, grad_u, part;
+  Products<T> products;
 
   BackwardScratch(const BackwardProblem<T>& p, int64_t rows)
       : small(p.low, rows),
         g((p.low.rank > 0 || p.reaches_down() ? rows : 1) * p.low.dim),
+        q(rows * p.low.rank),
+        low(std::is_same_v<T, float> || !p.reaches_down() ? 0 : rows * p.low.dim),
         weighted(p.low.gram.values ? rows * p.low.rank : 0),
         norm_weight(p.low.dim),
         rounded(p.low.rank > 0 ? rows * p.low.dim : 0),
-        q(rows * p.low.rank),
         grad_u(rows * p.low.columns),
-        part(std::is_same_v<T, float> ? 0 : std::max(p.low.rank, p.low.columns) * p.low.dim) {}
+        part(std::is_same_v<T, float> ? 0 : std::max({p.low.rank, p.low.columns, rows}) * p.low.dim),
+        products{p.own_products, part.get()} {}
 };
 
 // g, and what follows from it per element, of a chunk; returns g as an operand of products.
@@ -128,22 +140,23 @@ Matrix<const T> small_grads(const BackwardProblem<T>& p, int64_t first, int64_t 
   const LowRank<T>& l = p.low;
   const int64_t rank = l.rank;
   const float* gram = l.gram.values;
-  const Matrix<const T> q{s.q.get(), count, rank, rank};
   if (l.rank == 0) return matrix_of(p.grad_own, first, count, l.columns);
-  if (!gram && !l.past && !p.grad_own && l.own == l.columns) return q;
+  if constexpr (std::is_same_v<T, float>) {
+    if (!gram && !l.past && !p.grad_own && l.own == l.columns) return {s.q.get(), count, rank, rank};
+  }
   for (int64_t n = 0; n < count; ++n) {
-    const T *row = q.data + n * rank, *sent = p.grad_own[first + n];
-    const float *wide = s.small.wide.get() + n * rank, *product = s.small.product.get() + n * rank;
+    const T* sent = p.grad_own[first + n];
+    const float *row = s.q.get() + n * rank, *wide = s.small.wide.get() + n * rank, *product = s.small.product.get() + n * rank;
     float factor = 1.0f, of_square = 0.0f;
     if (gram) {
       factor = inverse_rms(l.gram, wide, product);
-      for (int64_t j = 0; j < rank; ++j) of_square += widen(row[j]) * wide[j];
+      for (int64_t j = 0; j < rank; ++j) of_square += row[j] * wide[j];
       of_square *= factor * factor * factor * -0.5f / static_cast<float>(l.dim);
       for (int64_t j = 0; j < rank; ++j) s.weighted.get()[n * rank + j] = of_square * wide[j];
     }
     T *grad_u = s.grad_u.get() + n * l.columns, *grad_past = p.grad_past[first + n];
     for (int64_t j = 0; j < rank; ++j) {
-      float value = factor * widen(row[j]);
+      float value = factor * row[j];
       if (gram) value += 2.0f * of_square * product[j];
       if (j < l.own) {
         store(grad_u[j], sent ? value + widen(sent[j]) : value);
@@ -171,19 +184,19 @@ void backward_chunk(const BackwardProblem<T>& p, int64_t first, int64_t last, co
   if (l.rank > 0) {
     const Matrix<const T> g_matrix = matrix_of(g, first, count, l.dim);
     raw = join(l, p.own, first, count, s.small);
-    multiply(Matrix<T>{s.q.get(), count, l.rank, l.rank}, g_matrix, l.up.t());
-    add_weight_grad(sums.up, scaled(l, raw, s.small), g_matrix, s.part.get());
+    s.products.nt(s.q.get(), g_matrix, l.up);
+    s.products.add_tn(sums.up, scaled(l, raw, s.small), g_matrix);
   }
   if (l.rank == 0 && !p.reaches_down()) return;
   const Matrix<const T> grad_u = small_grads(p, first, count, raw, sums.gram, s);
   if (!p.reaches_down()) return;
-  add_weight_grad(sums.down, matrix_of(p.x, first, count, l.dim), grad_u, s.part.get());
-  const Matrix<T> grad_x = matrix_of(p.rows.grad_x, first, count, l.dim);
+  s.products.add_tn(sums.down, matrix_of(p.x, first, count, l.dim), grad_u);
   if constexpr (std::is_same_v<T, float>) {
-    add_product(grad_x, grad_u, l.down.t());
+    add_product(matrix_of(p.rows.grad_x, first, count, l.dim), grad_u, l.down.t());
   } else {
-    multiply(grad_x, grad_u, l.down.t());
-    grad_x_rows(Rows<const float>{a.g.data, a.g.stride, a.g.first}, a.beta, p.rows.grad_x, l.dim, first, last);
+    s.products.nt(s.low.get(), grad_u, l.down);
+    grad_x_rows({a.g.data, a.g.stride, a.g.first}, a.beta, {s.low.get(), l.dim, first}, p.rows.grad_x, l.dim, first,
+                last);
   }
 }
 
@@ -194,7 +207,7 @@ void backward_chunks(const BackwardProblem<T>& p, const Sums& total, int64_t sum
   const int64_t dim = l.dim, matrices = l.columns + l.rank;
   // Partial sums cost as much as the rows they are for if there are too many.
   const int64_t most = matrices ? std::min(kGroups, p.num_rows / (2 * matrices)) : kNarrowGroups;
-  const Cut groups(0, p.num_rows, std::max<int64_t>(1, std::min(most, p.num_rows * dim / kGrain)));
+  const Cut groups(0, p.num_rows, std::max<int64_t>(1, std::min(most, p.num_rows * dim / kNarrowGrain)));
   const int64_t of_down = total.down ? dim * l.columns : 0, of_up = dim * l.rank;
   const int64_t of_gram = total.gram ? l.rank * l.rank : 0, of_norm = total.norm_weight ? dim : 0;
   const int64_t columns = p.rows.sum_per_channel ? dim : 1, others = static_cast<int64_t>(p.rows.others.size());
@@ -203,7 +216,7 @@ void backward_chunks(const BackwardProblem<T>& p, const Sums& total, int64_t sum
   const Buffer<float> partial(std::max<int64_t>(0, parts - 1) * size);
   std::vector<double> partial_others(parts * others * columns);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    const int64_t most_chunks = least_chunks<T>(groups.step, dim);
+    const int64_t most_chunks = least_chunks<T>(groups.step, dim, kBackwardBytes<T>);
     BackwardScratch<T> scratch(p, Cut(0, groups.step, most_chunks).step);
     for (int64_t i = begin; i < end; ++i) {
       Sums sums = total;
@@ -222,7 +235,7 @@ void backward_chunks(const BackwardProblem<T>& p, const Sums& total, int64_t sum
     }
   });
   const auto add_up = [&](float* to, int64_t offset, int64_t count) {
-    torch::stable::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, count, kNarrowGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = 1; i < parts; ++i) {
         const float* from = partial.get() + (i - 1) * size + offset;
         for (int64_t v = begin; v < end; ++v) to[v] += from[v];
@@ -305,7 +318,8 @@ void backward_as(const Optional& grad_y, const Optional& grad_normed, const Opti
                        {},
                        {},
                        {},
-                       shape.rows};
+                       shape.rows,
+                       std::is_same_v<T, BFloat16> && own_products()};
   if (own) p.own = p.low.template narrow<const T>(*own, shape, p.low.columns);
   if (grad_own) p.grad_own = p.low.template narrow<const T>(*grad_own, shape, p.low.columns);
   if (grad_past) p.grad_past = p.low.template narrow<T>(*grad_past, shape, p.low.rank - p.low.own);

@@ -1,8 +1,8 @@
 // The skinny products of the LAuReL residual, by the library behind torch.mm, and what is done on R numbers per row.
 //
-// They are called from inside a parallel region, one chunk of rows per thread, where the library uses one thread. The
-// shim's functions are torch's kernels without dispatch, so that autograd and inference mode of the caller's thread do
-// not matter.
+// They are called from inside a parallel region, one chunk of rows per thread; the order of the library's sums depends on
+// the number of threads there are, and on nothing else. The shim's functions are torch's kernels without dispatch, so
+// that autograd and inference mode of the caller's thread do not matter.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -13,6 +13,7 @@
 #include <array>
 #include <cmath>
 #include <memory>
+#include <type_traits>
 
 #include "cpu/laurel_rows.h"
 
@@ -70,29 +71,54 @@ inline void add_product(const Matrix<float>& out, const Matrix<const float>& a, 
       aoti_torch_cpu_addmm_out(total.get(), total.get(), a.tensor().get(), b.tensor().get(), 1.0, 1.0));
 }
 
-// total += a^T b, packed.
-inline void add_weight_grad(float* total, const Matrix<const float>& a, const Matrix<const float>& b, float*) {
-  add_product({total, a.columns, b.columns, b.columns}, a.t(), b);
-}
-
-// By our own product, whose results are float; without it through `part`, as the library rounds to bfloat16.
-inline void add_weight_grad(float* total, const Matrix<const BFloat16>& a, const Matrix<const BFloat16>& b,
-                            BFloat16* part) {
+// Whether effkern multiplies bfloat16 itself here, with float results (gemm_bf16.cpp; 2 is its "none").
+inline bool own_products() {
   std::array<StableIValue, 1> kernel{};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("effkern::bf16_gemm_kernel", "", kernel.data(), TORCH_ABI_VERSION));
-  // The number of "none" in gemm_bf16.cpp.
-  const bool own = torch::stable::detail::to<int64_t>(kernel[0]) < 2;
-  if (own) {
-    const Matrix<float> out{total, a.columns, b.columns, b.columns};
-    std::array<StableIValue, 4> stack{torch::stable::detail::from(out.tensor()), torch::stable::detail::from(a.tensor()),
-                                      torch::stable::detail::from(b.tensor()), torch::stable::detail::from(false)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("effkern::bf16_add_tn_", "", stack.data(), TORCH_ABI_VERSION));
-  } else {
-    multiply(Matrix<BFloat16>{part, a.columns, b.columns, b.columns}, a.t(), b);
-    add_widened(total, part, a.columns * b.columns);
-  }
+  return torch::stable::detail::to<int64_t>(kernel[0]) < 2;
 }
+
+// Products with float results. Those of bfloat16 are our own; without them (`own` is false), or with a layout that they
+// do not take, they go through `part`, as the library rounds to bfloat16.
+template <typename T>
+struct Products {
+  bool own;
+  T* part;
+
+  // out = a b^T, packed.
+  void nt(float* out, const Matrix<const T>& a, const Matrix<const T>& b) const {
+    const Matrix<float> to{out, a.rows, b.rows, b.rows};
+    if constexpr (std::is_same_v<T, float>) {
+      multiply(to, a, b.t());
+    } else if (own && b.column_stride == 1) {
+      std::array<StableIValue, 3> stack{torch::stable::detail::from(to.tensor()),
+                                        torch::stable::detail::from(a.tensor()),
+                                        torch::stable::detail::from(b.tensor())};
+      STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("effkern::bf16_mm_nt_", "", stack.data(), TORCH_ABI_VERSION));
+    } else {
+      multiply(Matrix<T>{part, a.rows, b.rows, b.rows}, a, b.t());
+      std::fill_n(out, a.rows * b.rows, 0.0f);
+      add_widened(out, part, a.rows * b.rows);
+    }
+  }
+
+  // total += a^T b, packed.
+  void add_tn(float* total, const Matrix<const T>& a, const Matrix<const T>& b) const {
+    const Matrix<float> to{total, a.columns, b.columns, b.columns};
+    if constexpr (std::is_same_v<T, float>) {
+      add_product(to, a.t(), b);
+    } else if (own) {
+      std::array<StableIValue, 4> stack{
+          torch::stable::detail::from(to.tensor()), torch::stable::detail::from(a.tensor()),
+          torch::stable::detail::from(b.tensor()), torch::stable::detail::from(false)};
+      STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("effkern::bf16_add_tn_", "", stack.data(), TORCH_ABI_VERSION));
+    } else {
+      multiply(Matrix<T>{part, a.columns, b.columns, b.columns}, a.t(), b);
+      add_widened(total, part, a.columns * b.columns);
+    }
+  }
+};
 
 // The inner norm on R numbers per row: v = s raw, s = (raw G raw^T / D + eps)^-1/2, as in effkern/ops/laurel/low_rank.py.
 struct Gram {

@@ -91,11 +91,14 @@ EFFKERN_INLINE void for_blocks(int64_t dim, const F& f) {
   for (int64_t begin = 0; begin < dim; begin += kBlock) f(begin, std::min(begin + kBlock, dim));
 }
 
-template <typename Total = float>
-EFFKERN_INLINE Total sum_lanes(const float* lanes) {
-  Total total = 0;
-  for (int l = 0; l < kLanes; ++l) total += lanes[l];
-  return total;
+// Halves first, in vectors: one lane after another would take as long as a hundred channels.
+EFFKERN_INLINE float sum_lanes(const float* lanes) {
+  float sums[kLanes];
+  for (int l = 0; l < kLanes; ++l) sums[l] = lanes[l];
+#pragma GCC unroll 8
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) sums[l] += sums[l + half];
+  return sums[0];
 }
 
 // Calls f(factor of a channel) with a function that the compiler sees through.
@@ -199,7 +202,7 @@ EFFKERN_INLINE void backward_row(const BackwardRows<T>& a, int64_t r, float* nor
       } else {
         float products[kLanes] = {};
         for_lanes(begin, end, [&](int l, int64_t v) EFFKERN_LAMBDA { products[l] += g[v] * widen(other[v]); });
-        sums[j] += sum_lanes<double>(products);
+        sums[j] += sum_lanes(products);
       }
     }
   });
@@ -207,9 +210,9 @@ EFFKERN_INLINE void backward_row(const BackwardRows<T>& a, int64_t r, float* nor
 
 // x's gradient: beta g + low.
 template <typename T>
-EFFKERN_INLINE void grad_x_row(const float* g, const Factor& beta, const T* low, T* out, int64_t dim) {
+EFFKERN_INLINE void grad_x_row(const float* g, const Factor& beta, const float* low, T* out, int64_t dim) {
   with_factor(beta, [&](auto b) EFFKERN_LAMBDA {
-    for_lanes(0, dim, [&](int, int64_t v) EFFKERN_LAMBDA { store(out[v], b(v) * g[v] + widen(low[v])); });
+    for_lanes(0, dim, [&](int, int64_t v) EFFKERN_LAMBDA { store(out[v], b(v) * g[v] + low[v]); });
   });
 }
 
@@ -228,9 +231,9 @@ EFFKERN_LOOPS(float)
 EFFKERN_LOOPS(BFloat16)
 #undef EFFKERN_LOOPS
 
-EFFKERN_CLONES void grad_x_rows(Rows<const float> g, const Factor& beta, Rows<BFloat16> out, int64_t dim, int64_t begin,
-                                int64_t end) {
-  for (int64_t r = begin; r < end; ++r) grad_x_row<BFloat16>(g[r], beta, out[r], out[r], dim);
+EFFKERN_CLONES void grad_x_rows(Rows<const float> g, const Factor& beta, Rows<const float> low, Rows<BFloat16> out,
+                                int64_t dim, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) grad_x_row(g[r], beta, low[r], out[r], dim);
 }
 
 EFFKERN_CLONES void add_widened(float* total, const BFloat16* x, int64_t size) {

@@ -15,6 +15,22 @@ LEAST_ALPHA = 1e-3
 TRITON_RANK, TRITON_ADDENDS = 256, 4
 
 
+def check_types(addends: Sequence[Tensor], scale: float, **tensors: Tensor | None) -> None:
+    """What is no tensor, and what is no number, is said by name before anything is read from it."""
+    for name in ("branch", "x"):
+        if tensors[name] is None:
+            raise TypeError(f"{OP}: {name} must be a tensor, got None")
+    if not isinstance(addends, (list, tuple)):
+        raise TypeError(f"{OP}: addends must be a sequence of tensors, got {addends!r}")
+    for name, t in (*tensors.items(), *((f"addends[{j}]", e) for j, e in enumerate(addends))):
+        if t is not None and not isinstance(t, Tensor):
+            raise TypeError(f"{OP}: {name} must be a tensor, got {type(t).__name__}")
+    if isinstance(scale, (bool, str)) or not isinstance(scale, (int, float)):
+        raise TypeError(f"{OP}: scale must be a number, got {scale!r}")
+    if not -float("inf") < scale < float("inf"):
+        raise ValueError(f"{OP}: scale must be a finite number, got {scale!r}")
+
+
 def check_stream(branch: Tensor, x: Tensor) -> None:
     if x.dtype not in DTYPES:
         raise TypeError(f"{OP}: x must be float32, bfloat16, float16 or float64, got {x.dtype}")
@@ -64,6 +80,8 @@ def check_low_rank(
             rule = f"have the leading shape of x, {tuple(x.shape[:-1])} (one row per token of this very batch)"
             raise ValueError(f"{OP}: past must {rule}, got {tuple(past.shape[:-1])}")
         num_past = past.shape[-1]
+        if num_past == 0:
+            raise ValueError(f"{OP}: past must have at least one column, got 0")
         if num_past > up.shape[0]:
             raise ValueError(
                 f"{OP}: past must have at most as many columns as up has rows, {up.shape[0]}, got {num_past}"
@@ -113,7 +131,13 @@ def check_alpha(weights: Tensor, scalar_map: str) -> None:
     """Backward divides by alpha where the branch is not kept. Looked at on the CPU alone: elsewhere it is a wait."""
     if torch.compiler.is_compiling() or weights.device.type != "cpu" or not weights.requires_grad:
         return
-    least = coefficients(weights.detach(), scalar_map)[0].abs().min().item()
+    raw = weights.detach()
+    # The default, decided by its two numbers alone: the operators of the map take 8 microseconds.
+    if scalar_map == "softmax2" and raw.dim() == 1:
+        first, second = raw.tolist()
+        if abs(first) < 3.0 and abs(second) < 3.0:
+            return
+    least = coefficients(raw, scalar_map)[0].abs().min().item()
     if not least >= LEAST_ALPHA:
         raise ValueError(f"{OP}: alpha must be at least {LEAST_ALPHA} in size with save_branch=False, got {least:.3g}")
 

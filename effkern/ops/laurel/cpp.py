@@ -3,11 +3,12 @@
 import torch
 
 from effkern import native
+
+# Declares the bfloat16 products, which the passes call by name.
 from effkern.ops.distill import gemm_schema as gemm_schema
 from effkern.ops.laurel.passes import BackwardPass, ForwardPass, Passes
 
 native.load("_C")
-# Their products of bfloat16 are called by name: gemm_schema declares them.
 
 
 def forward(p: ForwardPass) -> None:

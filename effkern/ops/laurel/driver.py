@@ -1,6 +1,8 @@
 """Forward and backward around the passes over rows: small operands before them, gradients of scalars after them.
 
-N tokens, D channels, S columns of A (down), R rows of B (up), P look-ahead products of earlier layers, M addends
+    N tokens, D channels, S columns of A (down), R rows of B (up), P look-ahead products of earlier layers, M addends
+
+Whatever touches N x D is in the passes of an implementation.
 """
 
 from typing import NamedTuple
@@ -199,8 +201,11 @@ def _scalar_grads(
             if p.addends:
                 assert w.coefficients is not None
                 of_branch = of_branch - (w.coefficients.double() * of_addends).sum(0)
-            of_branch = of_branch / alpha
-        if p.weights.dim() == 1:
+            # Where alpha is 0, so is the slope of its map: no scalar gets anything through it.
+            of_branch = torch.where(alpha == 0, 0.0, of_branch / alpha)
+        if p.weights.dim() == 1 and sums.shape[1] > 1:
             of_branch, of_x = of_branch.sum(0, keepdim=True), of_x.sum(0, keepdim=True)
-        grad_weights = scalars.gradient(p.weights.to(w.alpha.dtype), p.scalar_map, of_branch * p.scale, of_x * p.scale)
+        if p.scale != 1.0:
+            of_branch, of_x = of_branch * p.scale, of_x * p.scale
+        grad_weights = scalars.gradient(p.weights.to(w.alpha.dtype), p.scalar_map, of_branch, of_x)
     return grad_weights, grad_coefficients

@@ -1,5 +1,7 @@
 """Operators of the residual: laurel_fwd and laurel_bwd, by the driver or by Triton, and the driver's passes in C++."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -51,12 +53,19 @@ def _given(x: Tensor, *optional: Tensor | None) -> list[Tensor]:
     return [x.new_empty(0) if t is None else t for t in optional]
 
 
+def _without_autocast(x: Tensor) -> AbstractContextManager:
+    """The products have their types already."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def _forward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *problem, impl = arguments
     problem[7] = tuple(problem[7])
     p = driver.Problem(*problem)
     # The products have their types already.
-    with torch.autocast(p.x_ND.device.type, enabled=False):
+    with _without_autocast(p.x_ND):
         if impl == "triton":
             from effkern.ops.laurel import triton
 
@@ -71,7 +80,7 @@ def _backward(*arguments) -> tuple:
     *problem, impl, y, own, rstd, grad_y, grad_normed, grad_own = arguments
     problem[7] = tuple(problem[7])
     p = driver.Problem(*problem)
-    with torch.autocast(p.x_ND.device.type, enabled=False):
+    with _without_autocast(p.x_ND):
         result = driver.Result(y, None, own, rstd)
         if impl == "triton":
             from effkern.ops.laurel import triton
