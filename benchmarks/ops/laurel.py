@@ -31,8 +31,9 @@ PASSES = ("forward", "both")
 MOVES = {"forward": 4, "both": 10}
 EPS = 1e-6
 CHECK_ROWS = 64
-# One timing repeats a short call for about as long.
-LEAST_SECONDS = 0.01
+# One timing repeats a short call for about as long. Memory that the variant before gave back to the system is then
+# charged to few of the calls.
+LEAST_SECONDS = 0.1
 CASE = ("rows", "dim", "rank", "dtype", "pass")
 
 

@@ -43,7 +43,9 @@ struct Cut {
 template <typename T>
 int64_t least_chunks(int64_t rows, int64_t dim, int64_t bytes) {
   const int64_t fit = bytes / (dim * static_cast<int64_t>(sizeof(T)));
-  return std::max<int64_t>(1, ceil_div(rows, std::max<int64_t>(32, fit)));
+  const int64_t least = std::max<int64_t>(1, ceil_div(rows, std::max<int64_t>(32, fit)));
+  // As many for each of 2, 4 or 8 threads.
+  return least > kChunks ? ceil_div(least, kChunks) * kChunks : least;
 }
 
 template <typename T>

@@ -64,15 +64,22 @@ class _Wide(NamedTuple):
     norm_weight: Tensor | None
     down_DS: Tensor | None
     up_RD: Tensor | None
-    """In float32 (float64)."""
+    """As it was given."""
     low_rank_weight: Tensor | None
     gram_RR: Tensor | None
+
+    def wide_up(self) -> Tensor:
+        """B in float32 (float64)."""
+        assert self.up_RD is not None
+        return self.up_RD.to(self.alpha.dtype)
 
     def scaled_up(self, beta: bool, dtype: torch.dtype) -> Tensor | None:
         """(beta) B diag(low_rank_weight)."""
         if self.up_RD is None:
             return None
-        scaled = self.up_RD if self.low_rank_weight is None else self.up_RD * self.low_rank_weight
+        if self.low_rank_weight is None and not beta:
+            return self.up_RD.to(dtype)
+        scaled = self.wide_up() if self.low_rank_weight is None else self.wide_up() * self.low_rank_weight
         return (scaled * self.beta if beta else scaled).to(dtype)
 
 
@@ -88,15 +95,13 @@ def _widen(p: Problem) -> _Wide:
     coefficients = None if p.coefficients is None else scalars.rows_of(p.coefficients.to(acc)) * p.scale
     if p.addends and coefficients is None:
         coefficients = torch.full((len(p.addends), 1), p.scale, dtype=acc, device=p.x_ND.device)
-    up = inner = gram = None
-    if p.up_RD is not None:
-        up = p.up_RD.to(acc)
-        if p.low_rank_weight_D is not None:
-            inner = p.low_rank_weight_D.to(acc)
-            gram = torch.mm(up, up.t())
+    inner = gram = None
+    if p.up_RD is not None and p.low_rank_weight_D is not None:
+        inner, wide_up = p.low_rank_weight_D.to(acc), p.up_RD.to(acc)
+        gram = torch.mm(wide_up, wide_up.t())
     return _Wide(
         alpha, beta, coefficients, None if p.norm_weight_D is None else p.norm_weight_D.to(acc),
-        None if p.down_DS is None else p.down_DS.to(dtype), up, inner, gram,
+        None if p.down_DS is None else p.down_DS.to(dtype), p.up_RD, inner, gram,
     )  # fmt: skip
 
 
@@ -163,16 +168,16 @@ def _up_grads(
     """Gradients of B and of the inner norm's weight, from G = v^T g; and per channel the sum over rows of g (v B)."""
     if grad_scaled is None:
         return None, None, None
-    assert w.up_RD is not None
-    inner = w.up_RD if w.low_rank_weight is None else w.up_RD * w.low_rank_weight
+    up = w.wide_up()
+    inner = up if w.low_rank_weight is None else up * w.low_rank_weight
     of_scaled = (inner * grad_scaled).sum(0)
     grad_inner = None
     grad_scaled = grad_scaled * w.beta
     if w.low_rank_weight is not None:
         assert grad_gram is not None
-        grad_inner = (w.up_RD * grad_scaled).sum(0)
+        grad_inner = (up * grad_scaled).sum(0)
         grad_scaled = grad_scaled * w.low_rank_weight
-        grad_scaled = torch.addmm(grad_scaled, grad_gram + grad_gram.t(), w.up_RD)
+        grad_scaled = torch.addmm(grad_scaled, grad_gram + grad_gram.t(), up)
     return grad_scaled, grad_inner, of_scaled
 
 
