@@ -63,8 +63,8 @@ def merge(
                 mass = part.get("z", part["z1"])
                 shift = down["z"] / options.temperature - down["u"] / t_p
                 column = torch.where(mass > 0, column + mass * shift, 0.0)
-            # Without a temperature of its own, z / T has the scale of z; the rest is not relative to anything.
-            factor = scale["z"] if name == "gap" else scale.get(name, 1.0)
+            # These two are sums of exp(z / T), too; what has no scale is not relative to anything.
+            factor = scale["z"] if name in ("gap", "outside") else scale.get(name, 1.0)
             total[name] = total[name] + column * factor
     return top, total
 
