@@ -1,6 +1,7 @@
 """apply_laurel: the same model at the start, the paper's formulas after it, and back."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -266,6 +267,18 @@ def test_a_norm_with_a_hook_or_another_class_is_called():
     with torch.no_grad():
         layer.post_attention_layernorm.weight *= 2.0
     assert rel_err(got, model(input_ids=ids).logits.double()) < 1e-6
+
+
+def test_a_pickled_model_computes_the_same():
+    """To and from bytes that this test made itself: the swapped classes are found again."""
+    model = shaken(changed())
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    twin = torch.load(file, weights_only=False)
+    ids = tokens()
+    assert torch.equal(twin(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert type(twin.model.layers[0]) is type(model.model.layers[0])
 
 
 def test_copies_are_independent():

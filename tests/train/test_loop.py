@@ -7,16 +7,19 @@ import os
 import shutil
 import signal
 import weakref
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from effkern.data import build_dataset
-from effkern.train.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
+from effkern.models import LaurelConfig
+from effkern.train.checkpoint import Checkpoint, CheckpointError, list_checkpoints, load_checkpoint
+from effkern.train.config import TrainConfig
 from effkern.train.lock import RunLock
 from effkern.train.log import read_log, truncate_log
 from effkern.train.loop import Trainer, TrainingDiverged, train
-from effkern.train.restore import load_model, weights_digest
+from effkern.train.restore import Inputs, check_same_run, load_model, weights_digest
 from tests.train.fixtures import at
 
 TIMES = ("tokens_per_s", "wall_s")
@@ -352,3 +355,15 @@ def test_cuda_run_follows_the_cpu_run_and_resumes(salt, whole, tmp_path, precisi
     tolerance = 1e-3 if precision == "fp32" else 2e-2
     for found, expected in zip(result.evals, whole[1].evals):
         assert found["loss"] == pytest.approx(expected["loss"], rel=tolerance)
+
+
+def test_a_run_that_is_older_than_a_field_resumes():
+    """A field that the stored config lacks had its default; another value is another run."""
+    config, inputs = TrainConfig(), Inputs("a", "b")
+    stored = asdict(config)
+    del stored["model"]["laurel"]
+    old = Checkpoint(1, {}, {"config": stored, "inputs": asdict(inputs)})
+    check_same_run(old, config, inputs)
+    now = replace(config, model=replace(config.model, laurel=LaurelConfig(rank=8)))
+    with pytest.raises(CheckpointError, match=r"model\.laurel\.rank: 32 -> 8"):
+        check_same_run(old, now, inputs)

@@ -11,19 +11,23 @@ from typing import Any
 from torch import nn
 
 _ORIGINAL = "_effkern_original"
+_FORWARD = "_effkern_forward"
 
 
 @cache
 def _subclass(original: Any, forward: Callable[..., Any]) -> type:
     # The name stays: lists such as `_no_split_modules` know layers by it.
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    own = {"forward": forward, _ORIGINAL: original, "__reduce_ex__": _reduce}
+    own = {"forward": forward, _FORWARD: forward, _ORIGINAL: original, "__reduce_ex__": _reduce}
     return type(original.__name__, (original,), {**names, **own})
 
 
 def _reduce(module: nn.Module, protocol: Any) -> Any:
-    """Pickled as its class and its forward: the subclass itself cannot be found by name."""
-    return _rebuild, (original_class(module), type(module).forward), vars(module)
+    """Pickled as its class and its forward: the subclass itself cannot be found by name.
+
+    The forward as it was given: the library may have wrapped the class's own.
+    """
+    return _rebuild, (original_class(module), vars(type(module))[_FORWARD]), vars(module)
 
 
 def _rebuild(original: Any, forward: Callable[..., Any]) -> nn.Module:

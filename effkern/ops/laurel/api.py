@@ -81,7 +81,7 @@ def laurel_residual(
 
     Memory: kept for backward: x, y (the next block's input), x A (S per token), rstd (1 per token), and not f.
     Deterministic for a given number of threads, backward too. low_rank_norm takes the size of v B from B B^T and loses
-    digits where rows of up nearly cancel (1e-3 of their length left: 3%; Triton does not).
+    digits where rows of up nearly cancel (Triton does not).
     Source: Menghani et al., arXiv 2411.07501; Gemma 3n. Backward without f and look-ahead products: own derivation.
     """
     checks.check_types(

@@ -108,7 +108,7 @@ def _widen(p: Problem) -> _Wide:
 def forward(p: Problem, passes: Passes) -> Result:
     assert p.branch_ND is not None
     x, w = p.x_ND, _widen(p)
-    # A page fault each 4 KiB took a third of the forward pass (8192 x 2048).
+    # Fresh memory costs a page fault for each 4 KiB.
     y = huge_pages.empty(x.shape, x.dtype, x.device)
     own = None if w.down_DS is None else x.new_empty((x.shape[0], w.down_DS.shape[1]))
     normed = rstd = None
@@ -133,7 +133,7 @@ def backward(
     def zeros_like(t: Tensor | None) -> Tensor | None:
         return None if t is None else torch.zeros(t.shape, dtype=acc, device=x.device)
 
-    # Not in huge pages: with four results of 64 MiB in them a virtual machine took 335 ms for both passes, not 233.
+    # Not in huge pages, in which both passes were slower in float32: a virtual machine took long to hand them out.
     grad_branch, grad_x = torch.empty_like(x), torch.empty_like(x)
     grad_addends = tuple(torch.empty_like(e) for e in p.addends)
     grad_norm_weight, grad_down = zeros_like(w.norm_weight), zeros_like(w.down_DS)
