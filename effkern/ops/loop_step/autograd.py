@@ -63,6 +63,7 @@ class LoopStep(torch.autograd.Function):
         from_state = options.norm and not options.save_branch and not stays
         again = options.norm and not from_state
         ctx.options, ctx.from_state, ctx.has_beta = options, from_state, has_beta
+        ctx.has_core_input = any(t is not None for t in (e, rest[2], rest[7])) or options.numbers[2] != 1.0
         ctx.save_for_backward(
             f if needs["alpha"] or again else None,
             h if needs["beta"] or needs["down"] or (again and has_beta) else None,
@@ -84,6 +85,8 @@ class LoopStep(torch.autograd.Function):
         f, h, e, state, rstd, own, *rest = ctx.saved_tensors
         alpha, beta, state_scale, input_scale, down, up, norm_weight, embedding = rest
         grad_state, grad_core_input = (None if g is None else g.contiguous() for g in grad_outputs[:2])
+        # A traced call sends zeros where eager sends none.
+        grad_core_input = grad_core_input if ctx.has_core_input else None
         if grad_state is None and grad_core_input is None:
             return (None,) * (len(_NAMES) + 1)
         options: Options = ctx.options
