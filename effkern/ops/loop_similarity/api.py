@@ -59,8 +59,9 @@ def loop_similarity(
         raise TypeError(f"{OP}: block must be an int, got {type(block).__name__}")
     if block < 1:
         raise ValueError(f"{OP}: block must be at least 1, got {block}")
+    first: Tensor | None = None
     for name, tensors in named:
-        _check(name, tensors, block, named[0][1][0] if named[0][1] else None)
+        first = _check(name, tensors, block, first)
     flat = [t for _, tensors in named for t in tensors]
     layers = [len(tensors) for _, tensors in named]
     chosen = _choose(impl, flat)
@@ -83,7 +84,8 @@ def _named(groups: Any) -> list[tuple[str, Sequence[Tensor]]]:
     return named
 
 
-def _check(name: str, tensors: Any, block: int, first: Tensor | None) -> None:
+def _check(name: str, tensors: Any, block: int, first: Tensor | None) -> Tensor:
+    """`first`: the first tensor of all groups, which is returned; None in the first group."""
     if not isinstance(tensors, (list, tuple, torch.nn.ParameterList)):
         raise TypeError(f"{OP}: {name} must be a sequence of tensors, got {type(tensors).__name__}")
     count = len(tensors)
@@ -102,6 +104,7 @@ def _check(name: str, tensors: Any, block: int, first: Tensor | None) -> None:
             raise ValueError(f"{OP}: {name}[{i}] must {rule}, got {tuple(t.shape)}")
         if first is not None and t.device != first.device:
             raise ValueError(f"{OP}: {name}[{i}] must be on {first.device}, got {t.device}")
+    return tensors[0] if first is None else first
 
 
 def _choose(impl: str, tensors: Sequence[Tensor]) -> str:

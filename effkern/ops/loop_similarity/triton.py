@@ -41,7 +41,7 @@ def loop_similarity_fwd_kernel(
     length = tl.load(chain + 2)
     size = tl.load(chain + 3)
     for part in range(tl.program_id(0), num_ranges, tl.num_programs(0)):
-        at = part.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        at = (tl.zeros([BLOCK], tl.int64) + part) * BLOCK + tl.arange(0, BLOCK)
         before = tl.zeros([BLOCK], tl.float32)
         for i in range(0, length):
             tensor = first + i * distance
@@ -96,22 +96,22 @@ def loop_similarity_bwd_kernel(
     size = tl.load(chain + 3)
     grad = tl.load(grad_ptr + tl.load(chain + 4)).to(tl.float64)
     for part in range(tl.program_id(0), num_ranges, tl.num_programs(0)):
-        at = part.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        mask = at < size
+        at = (tl.zeros([BLOCK], tl.int64) + part) * BLOCK + tl.arange(0, BLOCK)
         before = tl.zeros([BLOCK], tl.float32)
-        now = tl.load(_address(table_ptr, first, TYPE, ALIGNED) + at, mask=mask, other=0.0).to(tl.float32)
+        now = tl.load(_address(table_ptr, first, TYPE, ALIGNED) + at, mask=at < size, other=0.0).to(tl.float32)
         for i in range(0, length):
             tensor = first + i * distance
-            more = i + 1 < length
-            # The last one loads nothing.
-            following = _address(table_ptr, tl.where(more, tensor + distance, tensor), TYPE, ALIGNED)
-            after = tl.load(following + at, mask=mask & more, other=0.0).to(tl.float32)
+            # Behind the last one nothing is loaded.
+            steps = tl.minimum(length - i, 2) - 1
+            following = _address(table_ptr, tensor + steps * distance, TYPE, ALIGNED)
+            after = tl.load(following + at, mask=at < steps * size, other=0.0).to(tl.float32)
             of_before = (tl.load(factors_ptr + tensor * 3) * grad).to(tl.float32)
             of_now = (tl.load(factors_ptr + tensor * 3 + 1) * grad).to(tl.float32)
             of_after = (tl.load(factors_ptr + tensor * 3 + 2) * grad).to(tl.float32)
             out = _address(out_table_ptr, tensor, TYPE, ALIGNED)
-            is_wanted = tl.load(out_table_ptr + tensor) != 0
-            tl.store(out + at, (of_before * before + of_now * now + of_after * after).to(TYPE), mask=mask & is_wanted)
+            wanted_size = tl.where(tl.load(out_table_ptr + tensor) != 0, size, 0)
+            grad_now = of_before * before + of_now * now + of_after * after
+            tl.store(out + at, grad_now.to(TYPE), mask=at < wanted_size)
             before = now
             now = after
 
