@@ -11,7 +11,7 @@ from effkern.ops import registry
 
 Keywords = dict[str, Any]
 
-# Each entry is one path of the op: what is there beside f and h. "one" and "channel": a tensor [1] or [D] as the factor.
+# Each entry is one path of the op: what is there beside f and h. A factor "one" or "channel": a tensor [1] or [D].
 CASES: dict[str, Keywords] = {
     "f alone": {},
     "damped": {"alpha": 0.25, "beta": 0.75},

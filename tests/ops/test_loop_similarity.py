@@ -258,7 +258,11 @@ def test_cpp_errors_of_the_operators():
         with pytest.raises(RuntimeError, match=message):
             forward(given, layers, block)
     _, factors = forward(tensors, [4], 2)
-    for change in ((factors.float(), torch.ones(1), [1] * 4), (factors, torch.ones(2), [1] * 4), (factors, torch.ones(1), [1])):
+    for change in (
+        (factors.float(), torch.ones(1), [1] * 4),
+        (factors, torch.ones(2), [1] * 4),
+        (factors, torch.ones(1), [1]),
+    ):
         with pytest.raises(RuntimeError, match=r"factors must be float64 \[tensors, 3\]"):
             backward(tensors, *change[:2], [4], 2, change[2])
 
@@ -294,7 +298,9 @@ def _error_cases():
     yield "device", [[t, t], [t.to("meta")] * 2], 1, ValueError, r"groups\[1\]\[0\] must be on cpu, got meta"
 
 
-@pytest.mark.parametrize(("groups", "block", "kind", "message"), [pytest.param(*c[1:], id=c[0]) for c in _error_cases()])
+@pytest.mark.parametrize(
+    ("groups", "block", "kind", "message"), [pytest.param(*c[1:], id=c[0]) for c in _error_cases()]
+)
 def test_errors(groups, block, kind, message):
     with pytest.raises(kind, match="loop_similarity: .*" + message):
         loop_similarity(groups, block)
@@ -305,5 +311,5 @@ def test_errors_of_the_choice():
     with pytest.raises(ValueError, match="impl must be one of"):
         loop_similarity([[t, t]], 1, impl="fast")
     if native.load("_C") is None:
-        with pytest.raises(NotImplementedError, match="impl='cpp' takes float32, bfloat16, got torch.float64"):
+        with pytest.raises(NotImplementedError, match=r"impl='cpp' takes float32, bfloat16, got torch\.float64"):
             loop_similarity([[t.double()] * 2], 1, impl="cpp")

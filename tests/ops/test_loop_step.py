@@ -47,7 +47,7 @@ def check(kw: cases.Keywords, impl: str, factor: float = 2.0) -> None:
 
 
 def noise_of_sums(kw: cases.Keywords, truth: dict[str, torch.Tensor], grads: list[torch.Tensor]) -> dict[str, float]:
-    """For the gradients of single numbers the terms of the sum over everything, which cancel: the root of their squares.
+    """For the gradients of single numbers: the root of the squares of all terms of the sum, which cancel.
 
     Roundings of the terms are independent, so that their sum's is this, times some units.
     """
@@ -512,12 +512,27 @@ def _error_cases():
     yield "input_scale", {"input_scale": 1.0}, ValueError, "input_scale must come with e, got e=None"
     yield "pair", {"low_rank": pair[0]}, TypeError, r"low_rank must be a pair of tensors \(A, B\), got Tensor"
     yield "pair of", {"low_rank": (pair[0], None)}, TypeError, r"low_rank must be a pair of tensors .*, got tuple"
-    yield "A", {"low_rank": (torch.zeros(5, 3), pair[1])}, ValueError, r"low_rank\[0\] must have shape \(13, r\).*\(5, 3\)"
-    yield "B", {"low_rank": (pair[0], torch.zeros(4, D))}, ValueError, r"low_rank\[1\] must have shape \(3, 13\).*\(4, 13\)"
+    yield (
+        "A",
+        {"low_rank": (torch.zeros(5, 3), pair[1])},
+        ValueError,
+        r"low_rank\[0\] must have shape \(13, r\).*\(5, 3\)",
+    )
+    yield (
+        "B",
+        {"low_rank": (pair[0], torch.zeros(4, D))},
+        ValueError,
+        r"low_rank\[1\] must have shape \(3, 13\).*\(4, 13\)",
+    )
     yield "rank", {"low_rank": (torch.zeros(D, 20), torch.zeros(20, D))}, ValueError, "1 <= r <= 13, got"
     yield "norm", {"norm_weight": torch.zeros(5)}, ValueError, r"norm_weight must have shape \(13,\), got \(5,\)"
     yield "norm type", {"norm_weight": 1.0}, TypeError, "norm_weight must be a tensor, got float"
-    yield "embedding", {"embedding": torch.zeros(11, D)}, ValueError, r"embedding must have shape \(13,\), got \(11, 13\)"
+    yield (
+        "embedding",
+        {"embedding": torch.zeros(11, D)},
+        ValueError,
+        r"embedding must have shape \(13,\), got \(11, 13\)",
+    )
     yield "eps", {"eps": -1.0}, ValueError, "eps must be at least 0 and finite, got -1.0"
     yield "eps type", {"eps": None}, TypeError, "eps must be a number, got None"
     yield "device", {"f": torch.zeros(11, D, device="meta")}, ValueError, "f must be on cpu, got meta"

@@ -29,9 +29,9 @@ def loop_similarity(
 
     R_G = 1/(L - k) sum_{i=0}^{L/k-2} sum_{j=0}^{k-1} cos(theta_G^(ik+j), theta_G^((i+1)k+j)),  mean = mean_G R_G
 
-    with theta_G^(l) the parameter G (queries, keys, ..., second matrix of the FFN) of layer l as one vector. L - k pairs
-    are summed, so that R_G is in [-1, 1] and 1 for a looped model. The loss is `task - weight * result.mean`: the paper
-    prints a plus, by which blocks would move apart; its end cosines of 0.98 show what is meant.
+    with theta_G^(l) the parameter G (queries, keys, ..., second matrix of the FFN) of layer l as one vector.
+    L - k pairs are summed, so that R_G is in [-1, 1] and 1 for a looped model. The loss is `task - weight *
+    result.mean`: the paper prints a plus, by which blocks would move apart; its end cosines of 0.98 show what is meant.
 
     Products and sums of squares are float32 (float64), their sums over more than some thousand elements float64.
     A cosine with a tensor of zeros (no square of an element above the least float32) is 0 and moves neither tensor.

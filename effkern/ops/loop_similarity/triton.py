@@ -43,7 +43,7 @@ def loop_similarity_fwd_kernel(
     for part in range(tl.program_id(0), num_ranges, tl.num_programs(0)):
         at = (tl.zeros([BLOCK], tl.int64) + part) * BLOCK + tl.arange(0, BLOCK)
         before = tl.zeros([BLOCK], tl.float32)
-        for i in range(0, length):
+        for i in range(length):
             tensor = first + i * distance
             now = tl.load(_address(table_ptr, tensor, TYPE, ALIGNED) + at, mask=at < size, other=0.0).to(tl.float32)
             to = sums_ptr + (tensor * num_ranges + part) * 2
@@ -99,7 +99,7 @@ def loop_similarity_bwd_kernel(
         at = (tl.zeros([BLOCK], tl.int64) + part) * BLOCK + tl.arange(0, BLOCK)
         before = tl.zeros([BLOCK], tl.float32)
         now = tl.load(_address(table_ptr, first, TYPE, ALIGNED) + at, mask=at < size, other=0.0).to(tl.float32)
-        for i in range(0, length):
+        for i in range(length):
             tensor = first + i * distance
             # Behind the last one nothing is loaded.
             steps = tl.minimum(length - i, 2) - 1

@@ -46,10 +46,10 @@ def loop_step(
     x = state_scale s + input_scale e + embedding
     change = ||s - h|| / ||s|| per token, and 0 where s = h
 
-    The damped (Euler) form h + (F(h) - h) / K is alpha = 1/K, beta = 1 - 1/K. An injection W [h; e] is W1 h + W2 e: W2 e
-    is the same in every loop and enters as `e`, W1 is a product of its own. x and the change are made of s as rounded to
-    its dtype. Between loads and stores all is float32 (float64), sums over tokens too, channel by channel, and their
-    totals float64; the products of A and B take h's dtype with float32 accumulation.
+    The damped (Euler) form h + (F(h) - h) / K is alpha = 1/K, beta = 1 - 1/K. An injection W [h; e] is W1 h + W2 e:
+    W2 e is the same in every loop and enters as `e`, W1 is a product of its own. x and the change are made of s as
+    rounded to its dtype. Between loads and stores all is float32 (float64); sums over tokens are float32 over some rows
+    and float64 beyond; the products of A and B take h's dtype with float32 accumulation.
 
     Args:
         f: F(x), the core's output, shape [..., D]; cast to h's dtype. Gets a gradient, like every tensor below.
@@ -75,8 +75,8 @@ def loop_step(
         NotImplementedError: impl does not cover the device or dtype; a second derivative ("reference" has one).
 
     Memory: kept for backward: nothing wide without norm and tensors as factors; with a norm s and 1 per token; f for
-    alpha's gradient, h for beta's and A's, s and e for those of their scales; h A (r per token). Deterministic, backward
-    too.
+    alpha's gradient, h for beta's and A's, s and e for those of their scales; h A (r per token).
+    Deterministic, backward too.
     Source: the terms of looped models (arXiv 2502.17416, 2502.05171, 2510.25741, 2411.07501). Backward: own derivation.
     """
     checks.check_streams(f, h, e)
@@ -102,6 +102,7 @@ def loop_step(
         return LoopStepOutput(*reference.loop_step(f, h, e, terms))
     factors = (alpha, beta, state_scale, input_scale)
     numbers = tuple(1.0 if isinstance(x, Tensor) else float(x) for x in factors)
+    assert len(numbers) == 4
     branch = checks.keeps_branch(save_branch, terms.norm, norm_weight, h)
     state, core_input, moved = apply(
         Options(name, numbers, terms.norm, float(eps), return_change, branch), f.contiguous(), h.contiguous(),

@@ -83,7 +83,7 @@ class LoopStep(torch.autograd.Function):
             raise NotImplementedError(f"{OP}: create_graph=True is covered by impl='reference' alone")
         # Read once: a checkpoint unpacks only once.
         f, h, e, state, rstd, own, *rest = ctx.saved_tensors
-        alpha, beta, state_scale, input_scale, down, up, norm_weight, embedding = rest
+        alpha, beta, state_scale, input_scale, down, up, norm_weight, _ = rest
         grad_state, grad_core_input = (None if g is None else g.contiguous() for g in grad_outputs[:2])
         # A traced call sends zeros where eager sends none.
         grad_core_input = grad_core_input if ctx.has_core_input else None
@@ -98,9 +98,10 @@ class LoopStep(torch.autograd.Function):
         # A factor of 1 passes the gradient on as it is.
         passed = "e" in wanted and input_scale is None and options.numbers[3] == 1.0
         asked = wanted - {"e"} if passed else wanted
-        kind = (grad_core_input if grad_state is None else grad_state).dtype
+        like = grad_core_input if grad_state is None else grad_state
+        assert like is not None
         packed, matrices = _small(
-            options.impl, kind, alpha, beta, state_scale, input_scale, norm_weight, down, up
+            options.impl, like.dtype, alpha, beta, state_scale, input_scale, norm_weight, down, up
         )  # fmt: skip
         operator = torch.ops.effkern.loop_step_bwd if options.impl == "cpp" else torch.ops.effkern.loop_step_triton_bwd
         grads: list[Tensor | None] = [None] * len(_NAMES)

@@ -8,16 +8,16 @@ from effkern.ops.loop_step.checks import OP
 
 _library = torch.library.Library("effkern", "FRAGMENT")
 
-# Streams are contiguous, [..., D]; factors and vectors float32 and packed (for Triton any dtype). A factor is its tensor,
-# or the number in its place; beta as the number 0 is no term. What was not asked for comes as an empty tensor.
+# Streams are contiguous, [..., D]; factors and vectors float32 and packed (for Triton any dtype). A factor is its
+# tensor, or the number in its place; beta as the number 0 is no term. What was not asked for comes as an empty tensor.
 _FACTORS = "Tensor? alpha, Tensor? beta, Tensor? state_scale, Tensor? input_scale, float[] numbers"
 _FORWARD = (
     f"(Tensor f, Tensor h, Tensor? e, {_FACTORS}, Tensor? down, Tensor? up, Tensor? norm_weight, Tensor? embedding, "
     "bool norm, float eps, bool return_change) -> "
     "(Tensor state, Tensor core_input, Tensor change, Tensor rstd, Tensor own)"
 )
-# `own`: h A. `from_state`: the norm's y hat is state / norm_weight; otherwise it is made of f and h again. `wanted`: a bit
-# per result.
+# `own`: h A. `from_state`: the norm's y hat is state / norm_weight; otherwise it is made of f and h again. `wanted`: a
+# bit per result.
 _BACKWARD = (
     "(Tensor? grad_state, Tensor? grad_core_input, Tensor? f, Tensor? h, Tensor? e, Tensor? state, Tensor? rstd, "
     f"Tensor? own, {_FACTORS}, Tensor? down, Tensor? up, Tensor? norm_weight, bool norm, bool from_state, int wanted) "

@@ -1,8 +1,8 @@
 """Forward and backward of the loop step in Triton: one launch each, around torch.mm for the low-rank map.
 
 Bytes that must move, in units of N D elements (a move): forward reads f, h and e and writes s and x, 5 moves; backward
-from s reads g_s, g_x and s and writes df, dh and (with a factor) de, 5 or 6. A low-rank map adds the product's write and
-read of N x D. What a second walk reads again comes from a cache. No GPU has timed any of it yet.
+from s reads g_s, g_x and s and writes df, dh and (with a factor) de, 5 or 6. A low-rank map adds the product's write
+and read of N x D. What a second walk reads again comes from a cache. No GPU has timed any of it yet.
 """
 
 from typing import Any, NamedTuple
@@ -22,8 +22,8 @@ class Launch(NamedTuple):
     warps: int
 
 
-# Forward: few rows, which stay in the first-level cache between both walks. Backward: 16 rows, so that a program's row of
-# sums stays small beside the tile. Few rows ("decode") are a program each.
+# Forward: few rows, which stay in the first-level cache between both walks. Backward: 16 rows, so that a program's row
+# of sums stays small beside the tile. Few rows ("decode") are a program each.
 LAUNCHES = {"forward": Launch(4, 512, 4), "decode": Launch(1, 1024, 4), "backward": Launch(16, 128, 4)}
 # Most rows that count as few.
 DECODE_ROWS = 64
@@ -201,8 +201,8 @@ def _both(name: str, dtype: str = "bf16", sums: int = 1, **flags: Any) -> dict[s
     }
 
 
-_CHANNEL = {"ALPHA": 2, "BETA": 2, "STATE_SCALE": 2, "INPUT_SCALE": 2}
-_ALL = {"INPUT": 1, "NORM": 1, "WEIGHT": 1, "EMBEDDING": 1, "CHANGE": 1, "FROM_STATE": 1}
+_CHANNEL: dict[str, Any] = {"ALPHA": 2, "BETA": 2, "STATE_SCALE": 2, "INPUT_SCALE": 2}
+_ALL: dict[str, Any] = {"INPUT": 1, "NORM": 1, "WEIGHT": 1, "EMBEDDING": 1, "CHANGE": 1, "FROM_STATE": 1}
 
 COMPILE_CASES = {
     **_both("damped"),
