@@ -76,7 +76,33 @@ EFFKERN_INLINE void forward_row(const ForwardRows<T>& a, int64_t r, float* scrat
   float moved[kLanes] = {}, size[kLanes] = {};
   // From `value` on, of [begin, end): s, and all that is made of s as it was rounded.
   const auto leave = [&](int64_t begin, int64_t end, const float* value) EFFKERN_LAMBDA {
-    for_lanes(begin, end, [&](int, int64_t v) EFFKERN_LAMBDA { store(s[v], value[v - begin]); });
+    // x goes with s, so that s is rounded and widened in registers.
+    const auto write = [&](auto sum) EFFKERN_LAMBDA {
+      if (m) {
+        for_lanes(begin, end, [&](int, int64_t v) EFFKERN_LAMBDA {
+          store(s[v], value[v - begin]);
+          store(x[v], sum(v, widen(s[v])) + m[v]);
+        });
+      } else {
+        for_lanes(begin, end, [&](int, int64_t v) EFFKERN_LAMBDA {
+          store(s[v], value[v - begin]);
+          store(x[v], sum(v, widen(s[v])));
+        });
+      }
+    };
+    if (x) {
+      with_factor(a.state_scale, [&](auto c) EFFKERN_LAMBDA {
+        if (e) {
+          with_factor(a.input_scale, [&](auto k) EFFKERN_LAMBDA {
+            write([=](int64_t v, float now) EFFKERN_LAMBDA { return c(v) * now + k(v) * widen(e[v]); });
+          });
+        } else {
+          write([=](int64_t v, float now) EFFKERN_LAMBDA { return c(v) * now; });
+        }
+      });
+    } else {
+      for_lanes(begin, end, [&](int, int64_t v) EFFKERN_LAMBDA { store(s[v], value[v - begin]); });
+    }
     if (a.change) {
       for_lanes(begin, end, [&](int l, int64_t v) EFFKERN_LAMBDA {
         const float now = widen(s[v]), step = now - widen(h[v]);
@@ -84,23 +110,6 @@ EFFKERN_INLINE void forward_row(const ForwardRows<T>& a, int64_t r, float* scrat
         size[l] += now * now;
       });
     }
-    if (!x) return;
-    const auto write = [&](auto sum) EFFKERN_LAMBDA {
-      if (m) {
-        for_lanes(begin, end, [&](int, int64_t v) EFFKERN_LAMBDA { store(x[v], sum(v) + m[v]); });
-      } else {
-        for_lanes(begin, end, [&](int, int64_t v) EFFKERN_LAMBDA { store(x[v], sum(v)); });
-      }
-    };
-    with_factor(a.state_scale, [&](auto c) EFFKERN_LAMBDA {
-      if (e) {
-        with_factor(a.input_scale, [&](auto k) EFFKERN_LAMBDA {
-          write([=](int64_t v) EFFKERN_LAMBDA { return c(v) * widen(s[v]) + k(v) * widen(e[v]); });
-        });
-      } else {
-        write([=](int64_t v) EFFKERN_LAMBDA { return c(v) * widen(s[v]); });
-      }
-    });
   };
 
   alignas(64) float block[kBlock];
