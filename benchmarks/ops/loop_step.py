@@ -134,7 +134,9 @@ def measure(case: dict[str, Any], rounds: int) -> dict[str, runner.Timing]:
     }
 
 
-HEAD = "| form | N | D | dtype | pass | effkern us | spread | GB/s | copy us | of copy | compile x | cpu | eager x | cpu |"
+HEAD = (
+    "| form | N | D | dtype | pass | effkern us | spread | GB/s | copy us | of copy | compile x | cpu | eager x | cpu |"
+)
 
 
 def markdown(case: dict[str, Any], t: dict[str, runner.Timing]) -> str:

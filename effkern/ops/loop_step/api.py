@@ -7,7 +7,7 @@ from torch import Tensor
 from effkern.ops import registry
 from effkern.ops.loop_step import checks, reference
 from effkern.ops.loop_step import schema as schema
-from effkern.ops.loop_step.autograd import Options, apply
+from effkern.ops.loop_step.autograd import Options, apply, fitted
 from effkern.ops.loop_step.terms import Factor, Terms
 
 
@@ -91,26 +91,27 @@ def loop_step(
     checks.check_vector("embedding", embedding, h)
     checks.check_eps(eps)
     down, up = (None, None) if low_rank is None else low_rank
-    terms = Terms(
-        alpha, beta, state_scale, input_scale, down, up, norm_weight, embedding, norm or norm_weight is not None, eps,
-        e is not None, return_change,
-    )  # fmt: skip
-    f = f.to(h.dtype)
-    e = None if e is None else e.to(h.dtype)
+    norm = norm or norm_weight is not None
     name = choose(impl, h)
     if name == "reference":
-        return LoopStepOutput(*reference.loop_step(f, h, e, terms))
+        terms = Terms(
+            alpha, beta, state_scale, input_scale, down, up, norm_weight, embedding, norm, eps, e is not None,
+            return_change,
+        )  # fmt: skip
+        return LoopStepOutput(*reference.loop_step(f.to(h.dtype), h, None if e is None else e.to(h.dtype), terms))
     factors = (alpha, beta, state_scale, input_scale)
     numbers = tuple(1.0 if isinstance(x, Tensor) else float(x) for x in factors)
     assert len(numbers) == 4
-    branch = checks.keeps_branch(save_branch, terms.norm, norm_weight, h)
+    options = Options(
+        name, numbers, norm, float(eps), return_change, checks.keeps_branch(save_branch, norm, norm_weight, h)
+    )
     state, core_input, moved = apply(
-        Options(name, numbers, terms.norm, float(eps), return_change, branch), f.contiguous(), h.contiguous(),
-        None if e is None else e.contiguous(), *(x if isinstance(x, Tensor) else None for x in factors), down, up,
-        norm_weight, embedding,
+        options, fitted(f, h.dtype), fitted(h, h.dtype), None if e is None else fitted(e, h.dtype),
+        *(x if isinstance(x, Tensor) else None for x in factors), down, up, norm_weight, embedding,
     )  # fmt: skip
+    has_core_input = e is not None or embedding is not None or isinstance(state_scale, Tensor) or state_scale != 1.0
     return LoopStepOutput(
-        state, core_input if terms.has_core_input else state, moved.view(h.shape[:-1]) if return_change else None
+        state, core_input if has_core_input else state, moved.view(h.shape[:-1]) if return_change else None
     )
 
 

@@ -96,7 +96,9 @@ def keeps_branch(save_branch: bool | None, norm: bool, weight: Tensor | None, h:
     """
     if not norm or weight is None:
         return norm and bool(save_branch)
-    seen = not torch.compiler.is_compiling() and weight.device.type == "cpu" and torch.is_grad_enabled()
+    if not torch.is_grad_enabled():
+        return False
+    seen = not torch.compiler.is_compiling() and weight.device.type == "cpu"
     if save_branch or (save_branch is None and (h.dtype == torch.float16 or not seen)):
         return True
     if not seen:
