@@ -15,6 +15,7 @@ from effkern.ops.distill import (
     linear_distill_loss,
 )
 from effkern.ops.laurel import LaurelOutput, laurel_residual
+from effkern.ops.looped_linear_attention import LoopedAttentionOutput, looped_linear_attention
 from effkern.ops.soft_labels import SoftLabels, soft_labels
 from effkern.ops.token_stats import LabelStats, token_stats
 
@@ -25,6 +26,7 @@ __all__ = [
     "DistillStats",
     "LabelStats",
     "LaurelOutput",
+    "LoopedAttentionOutput",
     "SoftLabels",
     "TeacherConfidence",
     "TeacherHidden",
@@ -36,6 +38,7 @@ __all__ = [
     "distributed",
     "laurel_residual",
     "linear_distill_loss",
+    "looped_linear_attention",
     "nn",
     "optim",
     "soft_labels",
