@@ -1,8 +1,8 @@
 // Looped linear attention on in-context regression, between its operators and its kernels.
 //
 //   B problems, N examples of D numbers, M queries, L loops, K numbers of state
-//   s <- s + e_l (h - G s), prediction C s      primal: G = A^T S, h = A^T b, C = q;  dual: G = X (X A)^T / N, h = y / N,
-//                                               C = q (X A)^T
+//   s <- s + e_l (h - G s), prediction C s       primal: G = A^T S, h = A^T b, C = q;  dual: G = X (X A)^T / N, h = y / N,
+//                                                C = q (X A)^T
 //   w <- w + e_l A_l^T (b - S w), prediction q w           factors;  S = X^T X / N, b = X^T y / N
 #pragma once
 

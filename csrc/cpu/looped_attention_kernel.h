@@ -19,11 +19,13 @@ struct Arena {
   }
 };
 
-// The recurrence of a group: s <- s + e T (h - G s), T = A_l^T for factors, else 1.
+// The recurrence of a group: s <- s + e T r, r <- r - e G T r from s = 0, r = h, with T = A_l^T for factors, else 1. The
+// residual r = h - G s has a recurrence of its own because it gets small: a difference would leave its digits behind.
+// A state is s, K vectors, and r, K more.
 template <typename T>
 struct Recurrence {
   int64_t k;
-  V<T> *query, *g, *h, *c, *predictions;
+  V<T> *query, *g, *h, *c, *predictions, *change;
   // All but dual: S and b, which factors takes for G and h.
   V<T> *gram, *moment, *rows, *targets;
   // Dual: X and X A.
@@ -44,6 +46,7 @@ struct Recurrence {
     g = factors ? gram : arena.take(k * k);
     h = factors ? moment : arena.take(k);
     c = dual ? arena.take(m * n) : query;
+    change = arena.take(factors ? k : 0);
   }
 };
 
@@ -96,19 +99,30 @@ EFFKERN_LANES_TARGET void prepare(const Problem<T>& p, int64_t first, int64_t pr
   }
 }
 
-// The state after `loop`, and h - G s before it.
+// The state before the first loop.
 template <typename T>
-EFFKERN_LANES_TARGET void advance(const Problem<T>& p, const Recurrence<T>& s, int64_t loop, const V<T>* from, V<T>* to,
-                                  V<T>* residual) {
+EFFKERN_LANES_TARGET void start(const Recurrence<T>& s, V<T>* state) {
+  for (int64_t i = 0; i < s.k; ++i) {
+    state[i] = V<T>{};
+    state[s.k + i] = s.h[i];
+  }
+}
+
+// The state after `loop`.
+template <typename T>
+EFFKERN_LANES_TARGET void advance(const Problem<T>& p, const Recurrence<T>& s, int64_t loop, const V<T>* from,
+                                  V<T>* to) {
   const int64_t k = s.k;
   const T step = p.step(loop);
-  multiply<T>(grid<V<T>>(s.g, k, 1), from, k, k, residual, T(-1), false);
-  for (int64_t i = 0; i < k; ++i) residual[i] += s.h[i];
+  const V<T>* change = from + k;
   if (p.form == Form::kFactors) {
-    multiply<T>(grid(p.a + loop * p.a_stride, 1, k), residual, k, k, to, step, false);
-    for (int64_t i = 0; i < k; ++i) to[i] += from[i];
-  } else {
-    for (int64_t i = 0; i < k; ++i) to[i] = from[i] + step * residual[i];
+    multiply<T>(grid(p.a + loop * p.a_stride, 1, k), from + k, k, k, s.change, T(1), false);
+    change = s.change;
+  }
+  multiply<T>(grid<V<T>>(s.g, k, 1), change, k, k, to + k, -step, false);
+  for (int64_t i = 0; i < k; ++i) {
+    to[i] = from[i] + step * change[i];
+    to[k + i] += from[k + i];
   }
 }
 
@@ -125,10 +139,10 @@ EFFKERN_LANES_TARGET void copy(const V<T>* from, V<T>* to, int64_t count) {
 template <typename T>
 struct ForwardWork {
   Recurrence<T> s;
-  V<T> *now, *next, *residual;
+  V<T> *now, *next;
 
   EFFKERN_LANES_TARGET ForwardWork(Arena<T>& arena, const Problem<T>& p)
-      : s(arena, p), now(arena.take(s.k)), next(arena.take(s.k)), residual(arena.take(s.k)) {}
+      : s(arena, p), now(arena.take(2 * s.k)), next(arena.take(2 * s.k)) {}
 };
 
 template <typename T>
@@ -136,9 +150,9 @@ EFFKERN_LANES_TARGET void forward_group(const Problem<T>& p, int64_t first, int6
                                         T* predictions) {
   const Recurrence<T>& s = w.s;
   prepare(p, first, problems, s);
-  clear<T>(w.now, s.k);
+  start(s, w.now);
   for (int64_t loop = 0; loop < p.loops; ++loop) {
-    advance<T>(p, s, loop, w.now, w.next, w.residual);
+    advance<T>(p, s, loop, w.now, w.next);
     std::swap(w.now, w.next);
     if (!p.predicts(loop)) continue;
     multiply<T>(grid<V<T>>(s.c, s.k, 1), w.now, p.queries, s.k, s.predictions, T(1), false);
@@ -149,8 +163,8 @@ EFFKERN_LANES_TARGET void forward_group(const Problem<T>& p, int64_t first, int6
 template <typename T>
 struct BackwardWork {
   Recurrence<T> s;
-  // Of one segment of loops: states before and after, residuals, and what reaches the residuals.
-  V<T> *states, *residuals, *sent;
+  // Of one segment of loops: states before and after, and what reaches the residuals.
+  V<T> *states, *sent;
   V<T> *checkpoints, *costate, *turned;
   V<T> *grad_g, *grad_h, *grad_c, *grad_moment, *grad_gram;
   // Per task: sums over its problems, lane by lane.
@@ -163,10 +177,9 @@ struct BackwardWork {
   EFFKERN_LANES_TARGET BackwardWork(Arena<T>& arena, const Problem<T>& p) : s(arena, p) {
     const int64_t k = s.k, d = p.dim, n = p.examples, segment = std::min(p.loops, kSegment);
     const bool dual = p.form == Form::kDual, factors = p.form == Form::kFactors;
-    states = arena.take((segment + 1) * k);
-    residuals = arena.take((factors ? segment : 1) * k);
+    states = arena.take((segment + 1) * 2 * k);
     sent = arena.take(segment * k);
-    checkpoints = arena.take((p.loops + kSegment - 1) / kSegment * k);
+    checkpoints = arena.take((p.loops + kSegment - 1) / kSegment * 2 * k);
     costate = arena.take(k);
     turned = arena.take(k);
     grad_g = arena.take(k * k);
@@ -187,10 +200,9 @@ struct BackwardWork {
 // From states[0] through the loops [first, last).
 template <typename T>
 EFFKERN_LANES_TARGET void run_segment(const Problem<T>& p, BackwardWork<T>& w, int64_t first, int64_t last) {
-  const int64_t k = w.s.k;
+  const int64_t size = 2 * w.s.k;
   for (int64_t i = 0; i < last - first; ++i)
-    advance<T>(p, w.s, first + i, w.states + i * k, w.states + (i + 1) * k,
-               w.residuals + (p.form == Form::kFactors ? i * k : 0));
+    advance<T>(p, w.s, first + i, w.states + i * size, w.states + (i + 1) * size);
 }
 
 // to [D, padded D] += step * sum over problems of residual costate^T.
@@ -213,7 +225,7 @@ EFFKERN_LANES_TARGET void reverse_segment(const Problem<T>& p, const Gradients<T
   const int64_t k = s.k, m = p.queries, count = last - first;
   for (int64_t i = count - 1; i >= 0; --i) {
     const int64_t loop = first + i;
-    const V<T>*before = w.states + i * k, *after = before + k;
+    const V<T>*before = w.states + i * 2 * k, *residual = before + k, *after = before + 2 * k;
     V<T>* sent = w.sent + i * k;
     const T step = p.step(loop);
     if (p.predicts(loop)) {
@@ -225,7 +237,6 @@ EFFKERN_LANES_TARGET void reverse_segment(const Problem<T>& p, const Gradients<T
     V<T> of_step{};
     if (p.form == Form::kFactors) {
       const T* a = p.a + loop * p.a_stride;
-      const V<T>* residual = w.residuals + i * k;
       multiply<T>(grid(a, k, 1), w.costate, k, k, w.turned, T(1), false);
       if (grads.a != nullptr)
         add_outer(w, residual, problems, step, grads.a + (p.a_stride > 0 ? loop * k * padded(k) : 0));
@@ -237,8 +248,7 @@ EFFKERN_LANES_TARGET void reverse_segment(const Problem<T>& p, const Gradients<T
     } else {
       multiply<T>(grid<V<T>>(s.g, 1, k), w.costate, k, k, w.turned, T(1), false);
       for (int64_t j = 0; j < k; ++j) {
-        // costate . (h - G s), without another product with G.
-        of_step += s.h[j] * w.costate[j] - before[j] * w.turned[j];
+        of_step += residual[j] * w.costate[j];
         sent[j] = step * w.costate[j];
         w.costate[j] -= step * w.turned[j];
       }
@@ -246,7 +256,7 @@ EFFKERN_LANES_TARGET void reverse_segment(const Problem<T>& p, const Gradients<T
     w.grad_steps[loop] += of_step;
   }
   if (grads.x == nullptr && (grads.a == nullptr || p.form == Form::kFactors)) return;
-  multiply<T>(grid<V<T>>(w.sent, 1, k), grid<V<T>>(w.states, k, 1), k, count, k, {w.grad_g, k, 1}, T(-1), added);
+  multiply<T>(grid<V<T>>(w.sent, 1, k), grid<V<T>>(w.states, 2 * k, 1), k, count, k, {w.grad_g, k, 1}, T(-1), added);
   for (int64_t j = 0; j < k; ++j) {
     V<T> total = added ? w.grad_h[j] : V<T>{};
     for (int64_t i = 0; i < count; ++i) total += w.sent[i * k + j];
@@ -315,12 +325,12 @@ EFFKERN_LANES_TARGET void finish_moments(const Problem<T>& p, const Gradients<T>
 template <typename T>
 EFFKERN_LANES_TARGET void backward_group(const Problem<T>& p, const Gradients<T>& grads, int64_t first,
                                          int64_t problems, BackwardWork<T>& w) {
-  const int64_t k = w.s.k, segments = (p.loops + kSegment - 1) / kSegment;
+  const int64_t k = w.s.k, size = 2 * k, segments = (p.loops + kSegment - 1) / kSegment;
   prepare(p, first, problems, w.s);
-  clear<T>(w.states, k);
+  start(w.s, w.states);
   for (int64_t i = 0; i < segments; ++i) {
-    if (i > 0) copy<T>(w.states + kSegment * k, w.states, k);
-    copy<T>(w.states, w.checkpoints + i * k, k);
+    if (i > 0) copy<T>(w.states + kSegment * size, w.states, size);
+    copy<T>(w.states, w.checkpoints + i * size, size);
     run_segment(p, w, i * kSegment, std::min((i + 1) * kSegment, p.loops));
   }
   clear<T>(w.costate, k);
@@ -329,7 +339,7 @@ EFFKERN_LANES_TARGET void backward_group(const Problem<T>& p, const Gradients<T>
     const int64_t begin = i * kSegment, end = std::min(begin + kSegment, p.loops);
     // The states of the last segment are there.
     if (i + 1 < segments) {
-      copy<T>(w.checkpoints + i * k, w.states, k);
+      copy<T>(w.checkpoints + i * size, w.states, size);
       run_segment(p, w, begin, end);
     }
     reverse_segment(p, grads, first, problems, w, begin, end, i + 1 < segments);

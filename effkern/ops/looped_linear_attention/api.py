@@ -46,6 +46,9 @@ def looped_linear_attention(
     Three forms, equal in real numbers, differ in what they multiply per loop: "factors" S = X^T X / n and A_l
     (2 d^2), "primal" A^T S (d^2), "dual" X A^T X^T / n (n^2). "auto" counts multiply-adds: one A per loop takes
     factors; one A for all takes dual where examples are few (n well below d), else primal if loops > d, else factors.
+    Roundings: each loop adds at most one of the size of X^T y / n. With fewer examples than features factors and primal
+    keep those of all loops, dual works them off. Once the loops have converged the gradient of A is near 0; factors then
+    gives more of its digits than the other two, which take it as a difference.
 
     Args:
         x: examples, shape [..., n, d], float32/float64/bfloat16/float16. Gets a gradient, like every tensor here.

@@ -5,7 +5,10 @@ the segments from the last to the first, with the states of one segment at a tim
 instead, s = (1 - e G)^-1 (s' - e h), would be exact in real numbers only: it magnifies what forward has made small.
 
     mu_l = e_l lambda_{l+1},  lambda_l = lambda_{l+1} - G^T mu_l + (gradient of the prediction after loop l) C
-    dG = -sum_l mu_l s_l^T,   dh = sum_l mu_l,   de_l = lambda_{l+1} . (h - G s_l)
+    dG = -sum_l mu_l s_l^T,   dh = sum_l mu_l,   de_l = lambda_{l+1} . r_l,   r_l = h - G s_l
+
+The residual r has a recurrence of its own, r <- r - e G T r, because it gets small: taken as a difference it would have
+the absolute error of h. With T = A_l^T ("factors") lambda meets A_l first, and dA_l = e_l r_l lambda_{l+1}^T.
 """
 
 from typing import NamedTuple
@@ -18,8 +21,14 @@ from effkern.ops.looped_linear_attention.problem import Grads, Needs, Problem
 SEGMENT = 32
 
 
+State = tuple[Tensor, Tensor]
+
+
 class Recurrence(NamedTuple):
-    """s <- s + e_l T_l (h - G s), prediction C s; T_l is A_l^T, or 1 (None) where G and h have it in them."""
+    """s <- s + e_l T_l (h - G s), prediction C s; T_l is A_l^T, or 1 (None) where G and h have it in them.
+
+    A state is s and r = h - G s, [B, K] each.
+    """
 
     g_BKK: Tensor
     h_BK: Tensor
@@ -35,14 +44,14 @@ class Recurrence(NamedTuple):
         assert self.precondition is not None
         return self.precondition[layer if self.precondition.shape[0] > 1 else 0]
 
-    def residual(self, state_BK: Tensor) -> Tensor:
-        return self.h_BK - _apply(self.g_BKK, state_BK)
+    def start(self) -> State:
+        return torch.zeros_like(self.h_BK), self.h_BK
 
-    def advance(self, state_BK: Tensor, layer: int) -> Tensor:
-        change = self.residual(state_BK)
-        if self.precondition is not None:
-            change = change @ self.matrix(layer)
-        return state_BK + self.step(layer) * change
+    def advance(self, state: State, layer: int) -> State:
+        s_BK, residual_BK = state
+        change_BK = residual_BK if self.precondition is None else residual_BK @ self.matrix(layer)
+        change_BK = self.step(layer) * change_BK
+        return s_BK + change_BK, residual_BK - _apply(self.g_BKK, change_BK)
 
     def predict(self, state_BK: Tensor) -> Tensor:
         return _apply(self.c_BMK, state_BK)
@@ -80,23 +89,23 @@ def _prepare(p: Problem) -> Recurrence:
 def forward(p: Problem) -> Tensor:
     """Predictions, [L, B, M] or [1, B, M]."""
     r = _prepare(p)
-    state_BK = torch.zeros_like(r.h_BK)
+    state = r.start()
     predictions = []
     for layer in range(p.loops):
-        state_BK = r.advance(state_BK, layer)
+        state = r.advance(state, layer)
         if p.every_loop or layer == p.loops - 1:
-            predictions.append(r.predict(state_BK))
+            predictions.append(r.predict(state[0]))
     return torch.stack(predictions)
 
 
 def backward(p: Problem, grad_LBM: Tensor, needs: Needs) -> Grads:
     r = _prepare(p)
     checkpoints = []
-    state_BK = torch.zeros_like(r.h_BK)
+    state = r.start()
     for layer in range(p.loops):
         if layer % SEGMENT == 0:
-            checkpoints.append(state_BK)
-        state_BK = r.advance(state_BK, layer)
+            checkpoints.append(state)
+        state = r.advance(state, layer)
     grad_g_BKK, grad_h_BK, grad_c_BMK = (torch.zeros_like(t) for t in (r.g_BKK, r.h_BK, r.c_BMK))
     grad_a = torch.zeros_like(p.preconditioner)
     grad_steps_L = p.x_BND.new_zeros(p.loops)
@@ -107,12 +116,11 @@ def backward(p: Problem, grad_LBM: Tensor, needs: Needs) -> Grads:
         for layer in range(first, last):
             states.append(r.advance(states[-1], layer))
         for layer in reversed(range(first, last)):
-            before_BK, after_BK = states[layer - first], states[layer - first + 1]
+            (before_BK, residual_BK), (after_BK, _) = states[layer - first : layer - first + 2]
             if p.every_loop or layer == p.loops - 1:
                 grad_BM = grad_LBM[layer if p.every_loop else 0]
                 costate_BK = costate_BK + torch.bmm(grad_BM[:, None], r.c_BMK)[:, 0]
                 grad_c_BMK += _outer(grad_BM, after_BK)
-            residual_BK = r.residual(before_BK)
             sent_BK = costate_BK
             if r.precondition is not None:
                 sent_BK = costate_BK @ r.matrix(layer).t()

@@ -16,7 +16,6 @@ from effkern.ops.looped_linear_attention.triton_common import (
     moments,
     prepare,
     put_matrix,
-    residual_of,
     step_of,
 )
 
@@ -67,13 +66,15 @@ def looped_attention_bwd_kernel(
         problem = problem_32.to(tl.int64)
         x_here, y_here, query_here = x_ptr + problem * n * d, y_ptr + problem * n, query_ptr + problem * m * d
         g, h, c = prepare(x_here, y_here, query_here, a_ptr, n, d, m, FORM, DP, MP, KP, ROWS)
+        state, residual = tl.zeros([KP], tl.float32), h
         starts = tl.zeros([SEGMENTS, KP], tl.float32)
-        state = tl.zeros([KP], tl.float32)
+        starting_residuals = with_row(starts, 0, residual, SEGMENTS)
         for segment in range(1, tl.cdiv(loops, SEGMENT)):
             for i in range(SEGMENT):
                 loop = (segment - 1) * SEGMENT + i
-                state = advance(g, h, state, a_ptr, steps_ptr, loop, d, FORM, FREE, HAS_STEPS, DP)
+                state, residual = advance(g, state, residual, a_ptr, steps_ptr, loop, d, FORM, FREE, HAS_STEPS, DP)
             starts = with_row(starts, segment, state, SEGMENTS)
+            starting_residuals = with_row(starting_residuals, segment, residual, SEGMENTS)
 
         grad_ptrs = grad_ptr + problem * m + queries
         costate = tl.zeros([KP], tl.float32)
@@ -85,10 +86,15 @@ def looped_attention_bwd_kernel(
             first = segment * SEGMENT
             count = tl.minimum(SEGMENT, loops - first)
             state = row_of(starts, segment, SEGMENTS)
+            residual = row_of(starting_residuals, segment, SEGMENTS)
             befores = tl.zeros([SEGMENT, KP], tl.float32)
+            residuals = tl.zeros([SEGMENT, KP], tl.float32)
             for i in range(count):
                 befores = with_row(befores, i, state, SEGMENT)
-                state = advance(g, h, state, a_ptr, steps_ptr, first + i, d, FORM, FREE, HAS_STEPS, DP)
+                residuals = with_row(residuals, i, residual, SEGMENT)
+                state, residual = advance(
+                    g, state, residual, a_ptr, steps_ptr, first + i, d, FORM, FREE, HAS_STEPS, DP
+                )
             for j in range(count):
                 i = count - 1 - j
                 loop = first + i
@@ -101,7 +107,7 @@ def looped_attention_bwd_kernel(
                         grad_c += grad[:, None] * state[None, :]
                 state = before
                 step = step_of(steps_ptr, loop, HAS_STEPS)
-                residual = residual_of(g, h, before)
+                residual = row_of(residuals, i, SEGMENT)
                 sent = costate
                 if FORM == "factors":
                     sent = tl.sum(layer_matrix(a_ptr, loop, d, FREE, DP) * costate[None, :], 1)

@@ -78,21 +78,16 @@ def step_of(steps_ptr, loop, HAS_STEPS: tl.constexpr):
 
 
 @triton.jit
-def residual_of(g, h, state):
-    return h - tl.sum(g * state[None, :], 1)
-
-
-@triton.jit
 def advance(
-    g, h, state, a_ptr, steps_ptr, loop, d, FORM: tl.constexpr, FREE: tl.constexpr, HAS_STEPS: tl.constexpr,
+    g, state, residual, a_ptr, steps_ptr, loop, d, FORM: tl.constexpr, FREE: tl.constexpr, HAS_STEPS: tl.constexpr,
     DP: tl.constexpr,
 ):  # fmt: skip
-    """The state after `loop`."""
-    change = residual_of(g, h, state)
+    """s and r = h - G s after `loop`; r has a recurrence of its own, see plain.py."""
+    change = residual
     if FORM == "factors":
-        a = layer_matrix(a_ptr, loop, d, FREE, DP)
-        change = tl.sum(a * change[:, None], 0)
-    return state + step_of(steps_ptr, loop, HAS_STEPS) * change
+        change = tl.sum(layer_matrix(a_ptr, loop, d, FREE, DP) * change[:, None], 0)
+    change = step_of(steps_ptr, loop, HAS_STEPS) * change
+    return state + change, residual - tl.sum(g * change[None, :], 1)
 
 
 @triton.jit

@@ -13,14 +13,14 @@ def looped_attention_fwd_kernel(
     MP: tl.constexpr, KP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     problem = tl.program_id(0).to(tl.int64)
-    g, h, c = prepare(
+    g, residual, c = prepare(
         x_ptr + problem * n * d, y_ptr + problem * n, query_ptr + problem * m * d, a_ptr, n, d, m, FORM, DP, MP, KP, ROWS
     )
     queries = tl.arange(0, MP)
     out_ptrs = predictions_ptr + problem * m + queries
     state = tl.zeros([KP], tl.float32)
     for loop in range(loops):
-        state = advance(g, h, state, a_ptr, steps_ptr, loop, d, FORM, FREE, HAS_STEPS, DP)
+        state, residual = advance(g, state, residual, a_ptr, steps_ptr, loop, d, FORM, FREE, HAS_STEPS, DP)
         if EVERY:
             tl.store(out_ptrs, tl.sum(c * state[None, :], 1), mask=queries < m)
             out_ptrs += batch * m
