@@ -62,8 +62,8 @@ def looped_attention_bwd_kernel(
         grad_a_ptr += program * d * d
     total_a = tl.zeros([DP, DP], tl.float32)
     total_steps = tl.zeros([LP], tl.float32)
-    for problem_32 in range(tl.program_id(0), batch, tl.num_programs(0)):
-        problem = problem_32.to(tl.int64)
+    for turn in range(tl.cdiv(batch - tl.program_id(0), tl.num_programs(0))):
+        problem = program + turn * tl.num_programs(0)
         x_here, y_here, query_here = x_ptr + problem * n * d, y_ptr + problem * n, query_ptr + problem * m * d
         g, h, c = prepare(x_here, y_here, query_here, a_ptr, n, d, m, FORM, DP, MP, KP, ROWS)
         state, residual = tl.zeros([KP], tl.float32), h
