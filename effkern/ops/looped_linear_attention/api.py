@@ -58,7 +58,7 @@ def looped_linear_attention(
         step_sizes: e, shape [loops]; None: 1 each.
         every_loop: also return the prediction after each loop.
         form: "auto", "factors", "primal" or "dual".
-        impl: "auto", "cpp", "triton" (CUDA; d, m, in the dual form n up to 64, 1024 loops) or "reference" (plain PyTorch).
+        impl: "auto", "cpp", "triton" (CUDA; d, m, in the dual form n up to 32, 1024 loops) or "reference" (plain PyTorch).
 
     Returns:
         LoopedAttentionOutput(prediction [...] or [..., m], per_loop [loops, ...] with the last one equal to

@@ -9,7 +9,7 @@ OP = "looped_linear_attention"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Most numbers of state that the C++ kernels take (a matrix of it for each of 16 problems at once), and the most that
 # Triton keeps in registers, of states and of loops.
-CPP_STATE, TRITON_STATE, TRITON_LOOPS = 256, 64, 1024
+CPP_STATE, TRITON_STATE, TRITON_LOOPS = 256, 32, 1024
 
 
 def check_types(steps: Tensor | None, loops: int, **tensors: Tensor) -> None:

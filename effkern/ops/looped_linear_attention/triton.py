@@ -26,8 +26,8 @@ class Launch(NamedTuple):
 
 
 # Chosen by what compiles without spills (tests/native/triton_resources.json). No GPU has timed them.
-FORWARD = [Launch(32, 32, 2), Launch(64, 32, 4)]
-BACKWARD = [Launch(16, 32, 2), Launch(32, 32, 4), Launch(64, 32, 8)]
+FORWARD = [Launch(32, 16, 2)]
+BACKWARD = [Launch(16, 16, 4), Launch(32, 16, 8)]
 # States that backward has in registers at once, and the most segments: 1024 loops.
 SEGMENT, SEGMENTS = 32, 32
 # Programs of a backward pass, each with its own sums of the parameters' gradients, and the bytes these may take.
@@ -48,13 +48,17 @@ def _sizes(p: Problem) -> tuple[int, int, int, int, int]:
     return batch, n, d, p.query_BMD.shape[1], p.loops
 
 
+def _form(form: str) -> str:
+    return "dual" if form == "dual" else "factors"
+
+
 def tiles_of(form: str, n: int, d: int, m: int) -> dict[str, int]:
     return {"DP": padded(d), "MP": padded(m), "KP": padded(n if form == "dual" else d)}
 
 
 def _flags(p: Problem) -> dict[str, Any]:
     return {
-        "FORM": p.form, "FREE": p.preconditioner.shape[0] > 1, "HAS_STEPS": p.steps_L is not None,
+        "FORM": _form(p.form), "FREE": p.preconditioner.shape[0] > 1, "HAS_STEPS": p.steps_L is not None,
         "EVERY": p.every_loop, "enable_fp_fusion": True,
     }  # fmt: skip
 
@@ -127,19 +131,19 @@ def _case(kernel: Any, table: list[Launch], **flags: Any) -> tuple:
 
 
 _VARIANTS: dict[str, dict[str, Any]] = {
-    "primal": {"FORM": "primal"},
-    "primal_every": {"FORM": "primal", "EVERY": True, "HAS_STEPS": True},
-    "primal_64": {"FORM": "primal", "d": 64, "n": 256},
     "factors": {"FORM": "factors"},
-    "factors_free": {"FORM": "factors", "FREE": True, "EVERY": True},
-    "factors_free_64": {"FORM": "factors", "FREE": True, "d": 64, "n": 256},
+    "factors_every": {"FORM": "factors", "EVERY": True, "HAS_STEPS": True},
+    "factors_small": {"FORM": "factors", "d": 5},
+    "free": {"FORM": "factors", "FREE": True, "EVERY": True},
+    "free_queries": {"FORM": "factors", "FREE": True, "EVERY": True, "m": 32},
     "dual": {"FORM": "dual", "n": 10},
-    "dual_64": {"FORM": "dual", "n": 64, "d": 64},
-    "loops_1024": {"FORM": "primal", "loops": 1024},
+    "dual_every": {"FORM": "dual", "n": 10, "EVERY": True, "HAS_STEPS": True, "m": 32},
+    "dual_32": {"FORM": "dual", "n": 32, "d": 32},
+    "loops_1024": {"FORM": "factors", "loops": 1024},
 }
 COMPILE_CASES = {
     **{f"fwd_{name}": _case(looped_attention_fwd_kernel, FORWARD, **v) for name, v in _VARIANTS.items()},
     **{f"bwd_{name}": _case(looped_attention_bwd_kernel, BACKWARD, **v) for name, v in _VARIANTS.items()},
-    "bwd_of_parameters": _case(looped_attention_bwd_kernel, BACKWARD, FORM="primal", HAS_STEPS=True, OF_DATA=False,
+    "bwd_of_parameters": _case(looped_attention_bwd_kernel, BACKWARD, FORM="factors", HAS_STEPS=True, OF_DATA=False,
                                OF_STEPS=True),
 }  # fmt: skip

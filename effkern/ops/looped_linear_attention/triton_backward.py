@@ -13,7 +13,6 @@ from effkern.ops.looped_linear_attention.triton_common import (
     dot,
     layer_matrix,
     matrix,
-    moments,
     prepare,
     put_matrix,
     step_of,
@@ -55,7 +54,6 @@ def looped_attention_bwd_kernel(
     """grad: of the predictions after the last loop, those before it lie before; grad_a [P, D, D] or, with a matrix per loop, [P, L, D, D], which starts as zeros; grad_steps [P, L]."""
     features, queries, layers, states_K = tl.arange(0, DP), tl.arange(0, MP), tl.arange(0, LP), tl.arange(0, KP)
     program = tl.program_id(0).to(tl.int64)
-    k = n if FORM == "dual" else d
     if FREE:
         grad_a_ptr += program * loops * d * d
     else:
@@ -141,19 +139,10 @@ def looped_attention_bwd_kernel(
                 put_matrix(grad_x_ptr + problem * n * d, grad_x, states_K, features, n, d)
                 tl.store(grad_y_ptr + problem * n + states_K, grad_h / n, mask=states_K < n)
                 put_matrix(grad_query_ptr + problem * m * d, dot(grad_c, mapped), queries, features, m, d)
-        else:
-            if FORM == "primal":
-                if OF_A:
-                    gram, moment = moments(x_here, y_here, n, d, DP, ROWS)
-                    total_a += dot(gram, tl.trans(grad_g)) + moment[:, None] * grad_h[None, :]
-                if OF_DATA:
-                    a = matrix(a_ptr, features, features, d, d)
-                    grad_g = dot(a, grad_g)
-                    grad_h = tl.sum(a * grad_h[None, :], 1)
-            if OF_DATA:
-                data_grads(x_here, y_here, grad_x_ptr + problem * n * d, grad_y_ptr + problem * n, grad_g, grad_h, n, d,
-                           DP, ROWS)  # fmt: skip
-                put_matrix(grad_query_ptr + problem * m * d, grad_c, queries, states_K, m, k)
+        elif OF_DATA:
+            data_grads(x_here, y_here, grad_x_ptr + problem * n * d, grad_y_ptr + problem * n, grad_g, grad_h, n, d,
+                       DP, ROWS)  # fmt: skip
+            put_matrix(grad_query_ptr + problem * m * d, grad_c, queries, features, m, d)
     if OF_A and not FREE:
         put_matrix(grad_a_ptr, total_a, features, features, d, d)
     if OF_STEPS:

@@ -1,7 +1,10 @@
 """What both Triton kernels do to a problem before and in the loops. One program takes one problem at a time.
 
-    N examples of D numbers, M queries, K = D (factors, primal) or N (dual) numbers of state; tiles DP, MP, KP are powers
-    of 2, at least 16 for the products, and 0 beyond the edges, which therefore never reach a sum
+    N examples of D numbers, M queries, K = D (factors) or N (dual) numbers of state; tiles DP, MP, KP are powers of 2,
+    at least 16 for the products, and 0 beyond the edges, which therefore never reach a sum
+
+"primal" runs as "factors": its product A^T S before the loops and the two behind them cost registers that spill, and save
+one short reduction per loop.
 
 Products of float32 tiles are sums of three of the tensor core's (tf32x3), as exact as float32 ones; the recurrence itself
 is multiply-adds of registers.
@@ -61,10 +64,6 @@ def prepare(
         c = dot(c, mapped)
     else:
         g, h = moments(x_ptr, y_ptr, n, d, DP, ROWS)
-        if FORM == "primal":
-            a = matrix(a_ptr, features, features, d, d)
-            g = dot(tl.trans(a), g)
-            h = tl.sum(a * h[:, None], 0)
     return g, h, c
 
 
