@@ -2,8 +2,9 @@
 
 from torch import Tensor, nn
 
-from effkern.models.attention import Attention, KVCache, LayerCache
+from effkern.models.attention import Attention
 from effkern.models.config import DecoderConfig
+from effkern.models.kv_cache import KVCache, KVSlot
 from effkern.models.layers import RMSNorm
 from effkern.models.parts import MLPS, NOTHING, RESIDUALS, STACKS, Carry, Place, register
 from effkern.models.residual import AddResidual
@@ -38,7 +39,7 @@ class Block(nn.Module):
         return 2 * config.hidden_size + Attention.count(config) + MLPS[config.mlp].count(config) + residuals
 
     def forward(
-        self, stream: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None, carry: Carry = NOTHING
+        self, stream: Tensor, rope: tuple[Tensor, Tensor], cache: KVSlot | None = None, carry: Carry = NOTHING
     ) -> tuple[Tensor, Carry]:
         """The new stream, and what residuals of later blocks need of it."""
         first = self.attention(self.attention_norm(stream), rope, cache)
