@@ -15,6 +15,7 @@ from effkern.ops.distill import (
     linear_distill_loss,
 )
 from effkern.ops.laurel import LaurelOutput, laurel_residual
+from effkern.ops.loop_step import LoopStepOutput, loop_step
 from effkern.ops.soft_labels import SoftLabels, soft_labels
 from effkern.ops.token_stats import LabelStats, token_stats
 
@@ -25,6 +26,7 @@ __all__ = [
     "DistillStats",
     "LabelStats",
     "LaurelOutput",
+    "LoopStepOutput",
     "SoftLabels",
     "TeacherConfidence",
     "TeacherHidden",
@@ -36,6 +38,7 @@ __all__ = [
     "distributed",
     "laurel_residual",
     "linear_distill_loss",
+    "loop_step",
     "nn",
     "optim",
     "soft_labels",

@@ -2,5 +2,15 @@
 
 from effkern.nn.distill import LinearDistillLoss
 from effkern.nn.laurel import LaurelResidual
+from effkern.nn.looped import Implicit, LoopedBlock, LoopState, PoissonLognormalLoops, Truncated, UniformLoops
 
-__all__ = ["LaurelResidual", "LinearDistillLoss"]
+__all__ = [
+    "Implicit",
+    "LaurelResidual",
+    "LinearDistillLoss",
+    "LoopState",
+    "LoopedBlock",
+    "PoissonLognormalLoops",
+    "Truncated",
+    "UniformLoops",
+]
