@@ -20,7 +20,7 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_size
         width, d = self.heads * self.head_dim, config.hidden_size
         self.qkv = Projection(d, width + 2 * self.kv_heads * self.head_dim, d**-0.5)
-        self.out = Projection(width, d, (2 * config.num_layers * width) ** -0.5)
+        self.out = Projection(width, d, (2 * config.depth * width) ** -0.5)
 
     @staticmethod
     def count(config: DecoderConfig) -> int:

@@ -26,7 +26,7 @@ class ExitTest:
     """Also exit in passes of several tokens, where the last position decides for all."""
 
     reads: ClassVar[str] = "state"
-    """"state": the loop's state; "logits": the model's logits, had it ended here; "gate": the exit gate's probability."""
+    """"state" after the loop, its "change", the model's "logits" had it ended here, or the "gate"'s probability."""
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -38,7 +38,7 @@ class ExitTest:
                 raise ValueError(f"{name}: {field} must be a whole number of at least 1, got {value!r}")
 
     def signal(self, x: Tensor) -> Tensor:
-        """What is kept of `x`, which is the state [R, D], the logits [R, V] or the gate [R]."""
+        """What is kept of `x`: the state [R, D], the logits [R, V], the change or the gate [R]."""
         return _wide(x)
 
     def distance(self, now: Tensor, before: Tensor) -> Tensor:
@@ -55,12 +55,14 @@ class ExitTest:
 
 @dataclass(frozen=True)
 class RelativeChange(ExitTest):
-    """||h_t - h_{t-1}|| / ||h_t|| of the state."""
+    """||h_t - h_{t-1}|| / ||h_t|| of the state, as effkern.loop_step finds it on the way."""
 
     threshold: float = 0.03
+    reads: ClassVar[str] = "change"
 
-    def distance(self, now: Tensor, before: Tensor) -> Tensor:
-        return (now - before).norm(dim=-1) / now.norm(dim=-1)
+    def step(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        # The first loop's change is against h_0, which no loop has made.
+        return x, (x < self.threshold) & (before is not None)
 
 
 @dataclass(frozen=True)

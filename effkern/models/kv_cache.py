@@ -138,7 +138,8 @@ class StageCache:
         batch, heads, _, width = shape
         ring = (batch, heads, policy.size, width)
         self.slots = [
-            [LayerCache(shape, device, dtype) for _ in range(stage.layers)] for _ in range(policy.num_slots(stage.loops))
+            [LayerCache(shape, device, dtype) for _ in range(stage.layers)]
+            for _ in range(policy.num_slots(stage.loops))
         ]
         self.rings = [
             [Ring(ring, device, dtype) for _ in range(stage.layers)] for _ in range(policy.num_rings(stage.loops))
@@ -208,9 +209,7 @@ class KVCache:
     @property
     def bytes_per_token(self) -> int:
         """Slots * layers * 2 * key/value heads * head size * bytes of a number, over the stages; rings apart."""
-        return sum(
-            2 * layer.keys[0, :, 0].nbytes for stage in self.stages for group in stage.slots for layer in group
-        )
+        return sum(2 * layer.keys[0, :, 0].nbytes for stage in self.stages for group in stage.slots for layer in group)
 
     def begin(self, length: int) -> int:
         """Room for `length` new positions; returns where they start.

@@ -14,7 +14,10 @@ from tests.numerics import rel_err
 # Windows shorter than the sequences, in some of the layers.
 WINDOWS = {
     "Mistral": {"sliding_window": 5},
-    **{f: {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2} for f in ("Gemma2", "Gemma3")},
+    **{
+        f: {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2}
+        for f in ("Gemma2", "Gemma3")
+    },
 }
 MODES = ("recompute", "full", "recompute_layer", "autograd")
 
@@ -40,8 +43,10 @@ def test_training_is_that_of_the_unrolled_model(family, damping):
     assert rel_err(plain, want) > 1e-3
     loop_layers(model, 1, 3, 3, damping=damping)
     got, grads = step(model, ids)
-    assert rel_err(got, want) < 1e-12
-    assert_same(grads, want_grads)
+    # Gemma's norms round to float32, and so may turn the last bit of a sum in another order into one of float32.
+    bound = 1e-6 if family.startswith("Gemma") and damping else 1e-12
+    assert rel_err(got, want) < bound
+    assert_same(grads, want_grads, bound)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -59,7 +64,7 @@ def test_every_mode_and_place(mode, start, stop, loops):
 def test_recompute_runs_a_loop_twice_and_full_once():
     for mode, count in (("recompute", 6), ("full", 3), ("autograd", 3)):
         model, calls = loop_layers(model_of(), 1, 3, 3, mode=mode), []
-        model.model.layers[2].mlp.register_forward_hook(lambda *a: calls.append(1))
+        model.model.layers[2].mlp.register_forward_hook(lambda *a, calls=calls: calls.append(1))
         step(model, tokens())
         assert len(calls) == count
 
@@ -74,7 +79,7 @@ def test_generation_is_that_of_the_unrolled_model(family, damping):
     for use_cache in (True, False):
         got, logits = generation(model, ids, use_cache=use_cache)
         assert torch.equal(got, want)
-        assert rel_err(logits, want_logits) < 1e-12
+        assert rel_err(logits, want_logits) < (1e-6 if family.startswith("Gemma") else 1e-12)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2"])
@@ -161,9 +166,10 @@ def test_a_pass_with_gradients_may_fill_a_cache_and_go_on_from_it(mode):
 def test_gradient_checkpointing(mode, reentrant):
     model, ids = loop_layers(model_of(), 1, 3, 3, damping=3, mode=mode).train(), tokens()
     want, want_grads = step(model, ids)
+    # Its newer name is not in transformers 5.0.
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     calls = []
-    model.model.layers[0].mlp.register_forward_hook(lambda *a: calls.append(1))
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *a: calls.append(1))
     got, grads = step(model, ids)
     assert len(calls) == 2
     assert rel_err(got, want) < 1e-12
@@ -265,7 +271,7 @@ def test_errors():
     ):
         with pytest.raises(ValueError, match="loop_layers: " + rule):
             loop_layers(model, *arguments, **options)
-    with pytest.raises(TypeError, match="loop_layers: loops must be a whole number, got 2.0"):
+    with pytest.raises(TypeError, match=r"loop_layers: loops must be a whole number, got 2\.0"):
         loop_layers(model, 1, 3, 2.0)
     with pytest.raises(ValueError, match="unloop_layers: model must be one that loop_layers was applied to"):
         unloop_layers(model)

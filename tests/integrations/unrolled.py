@@ -10,7 +10,11 @@ def unrolled(model, start, stop, loops, damping=None):
 
     Parameters are the very tensors of `model`. The damped form is made by hooks around every repetition.
     """
-    order = [*range(stop), *[i for _ in range(loops - 1) for i in range(start, stop)], *range(stop, len(model.model.layers))]
+    order = [
+        *range(stop),
+        *[i for _ in range(loops - 1) for i in range(start, stop)],
+        *range(stop, len(model.model.layers)),
+    ]
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = len(order)
     if getattr(config, "layer_types", None) is not None:
@@ -18,7 +22,8 @@ def unrolled(model, start, stop, loops, damping=None):
     longer = type(model)(config).eval()
     longer.load_state_dict({k: v for k, v in model.state_dict().items() if ".layers." not in k}, strict=False)
     longer.to(model.dtype)
-    for name, p in model.named_parameters():
+    # The head too, where it is the embedding.
+    for name, p in model.named_parameters(remove_duplicate=False):
         if ".layers." not in name:
             _put(longer, name, p)
     for index, source in enumerate(order):

@@ -6,7 +6,9 @@ and leave themselves with their arguments in the pass's Context; the last of the
 
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from effkern.integrations.transformers.families import LAYOUTS, NAMES
 from effkern.integrations.transformers.find import find_decoder, require_untouched
@@ -58,7 +60,7 @@ def loop_layers(
             With a filled or a static cache in a pass with gradients everything is kept.
 
     Gradient checkpointing of transformers takes the span as one layer: it keeps the span's input alone, and backward
-    runs the loops again, within it as `mode` says. Recorded hidden states are the span's input for its layers but the
+    runs the loops again, within it as `mode` says; unless it is re-entrant, shared gradients are then autograd's sums. Recorded hidden states are the span's input for its layers but the
     last, attentions those of every loop.
 
     Returns:
@@ -171,10 +173,24 @@ def _run(span: Span, calls: list[Call], x: Tensor) -> Tensor:
     terms = {} if span.damping is None else {"alpha": 1 / span.damping, "beta": 1 - 1 / span.damping}
     plan = Plan({"args": (), "kwargs": {}, **terms}, [{} for _ in range(span.loops)])
     body = Body(None, calls, None, False, 1e-6, "argument", "loop", False)  # type: ignore[arg-type]
-    if mode == "autograd":
+    layers = mode == "recompute_layer"
+    if mode == "autograd" or _is_checkpointed(calls[-1].layer):
+        # Within torch's checkpoint the loops must be seen by autograd one by one.
+        again = mode in ("recompute", "recompute_layer") and torch.is_grad_enabled()
         for t in range(span.loops):
-            x, _ = body.loop(plan, t, x)
+            if again:
+                x, _ = checkpoint(body.loop, plan, t, x, by_layer=layers, use_reentrant=False)
+            else:
+                x, _ = body.loop(plan, t, x)
         return x
     owner = nn.ModuleList(call.layer for call in calls)
-    (x,) = run(Job(body, plan, mode == "full", mode == "recompute_layer", 0, False, owner, False, []), x)
+    (x,) = run(Job(body, plan, mode == "full", layers, 0, False, owner, False, []), x)
     return x
+
+
+def _is_checkpointed(layer: Any) -> bool:
+    """Whether the library runs the layer under torch's checkpoint that is not re-entrant."""
+    if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
+        return False
+    # transformers makes a partial of torch's checkpoint.
+    return not getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True)
