@@ -60,8 +60,8 @@ def loop_layers(
             With a filled or a static cache in a pass with gradients everything is kept.
 
     Gradient checkpointing of transformers takes the span as one layer: it keeps the span's input alone, and backward
-    runs the loops again, within it as `mode` says; unless it is re-entrant, shared gradients are then autograd's sums. Recorded hidden states are the span's input for its layers but the
-    last, attentions those of every loop.
+    runs the loops again, within it as `mode` says. Unless it is re-entrant, shared gradients are then autograd's sums.
+    Recorded hidden states are the span's input for its layers but the last, attentions those of every loop.
 
     Returns:
         `model`.
