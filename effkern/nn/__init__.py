@@ -2,9 +2,23 @@
 
 from effkern.nn.distill import LinearDistillLoss
 from effkern.nn.laurel import LaurelResidual
-from effkern.nn.looped import Implicit, LoopedBlock, LoopState, PoissonLognormalLoops, Truncated, UniformLoops
+from effkern.nn.looped import (
+    ExitDistribution,
+    ExitGate,
+    Implicit,
+    LoopedBlock,
+    LoopState,
+    PoissonLognormalLoops,
+    Truncated,
+    UniformLoops,
+    exit_gate_loss,
+    exit_log_probs,
+    expected_exit_loss,
+)
 
 __all__ = [
+    "ExitDistribution",
+    "ExitGate",
     "Implicit",
     "LaurelResidual",
     "LinearDistillLoss",
@@ -13,4 +27,7 @@ __all__ = [
     "PoissonLognormalLoops",
     "Truncated",
     "UniformLoops",
+    "exit_gate_loss",
+    "exit_log_probs",
+    "expected_exit_loss",
 ]

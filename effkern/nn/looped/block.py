@@ -12,6 +12,7 @@ from effkern.nn.looped import modes, parts
 from effkern.nn.looped.body import OP, Body, LoopPart, Plan
 from effkern.nn.looped.engine import Job, run
 from effkern.nn.looped.finite import FiniteFlags
+from effkern.nn.looped.implicit import Solution, fixed_point
 from effkern.nn.looped.modes import Implicit, Mode, Truncated
 from effkern.nn.looped.sampling import Sampler
 
@@ -162,6 +163,8 @@ class LoopedBlock(nn.Module):
         if norm is True:
             assert dim is not None
             self.norm = parts.LoopNorm(dim, device, dtype)
+        self.last_solution: Solution | None = None
+        """Of the last call with Implicit: evaluations and residual."""
         self._verified: list[bool] = []
 
     def draw_loops(self, step: int) -> int:
@@ -257,17 +260,25 @@ class LoopedBlock(nn.Module):
         modes.check_mode(mode, OP)
         if mode == modes.RECOMPUTE_LAYER:
             _require("mode", mode, self.layered, "come with a list of layers as core")
-        count = self._count(loops, step)
+        if isinstance(mode, Implicit):
+            self._check_implicit(all_states, time_steps, per_layer)
+            count = 1
+        else:
+            count = self._count(loops, step)
         if isinstance(mode, Truncated) and mode.loops > count:
             raise ValueError(f"{OP}: Truncated.loops must be at most the loops of the call, {count}, got {mode.loops}")
-        if loops is None and self.training and isinstance(self.loops, Sampler) and self.loops.with_gradient is not None:
-            if mode in (modes.FULL, modes.RECOMPUTE):
+        if loops is None and self.training and isinstance(self.loops, Sampler) and mode in (modes.FULL, modes.RECOMPUTE):
+            if self.loops.with_gradient is not None:
                 mode = Truncated(min(self.loops.with_gradient, count), recompute=mode == modes.RECOMPUTE)
         h = self._first_state(x, state)
         plan = self._plan(x, args, kwargs, count, time_steps, per_layer)
         body = self._body(plan)
+        owner = nn.ModuleList([self.core, *([self.norm] if body.norm_module is not None else [])])
         if isinstance(mode, Implicit):
-            raise NotImplementedError(f"{OP}: Implicit is not there yet")
+            body = body._replace(always_state=True)
+            job = Job(body, plan, False, False, 0, False, owner, self.main_grad, self._verified)
+            state_L, self.last_solution = fixed_point(job, h, mode)
+            return (state_L,)
         carry = h if body.carries_state(plan) else body.enter(plan, 0, h)
         graph = mode == modes.AUTOGRAD
         if not graph and torch.compiler.is_compiling():
@@ -276,7 +287,6 @@ class LoopedBlock(nn.Module):
             return _by_autograd(body, plan, carry, mode, all_states)
         first = count - mode.loops if isinstance(mode, Truncated) else 0
         keep = mode == modes.FULL or (isinstance(mode, Truncated) and not mode.recompute)
-        owner = nn.ModuleList([self.core, *([self.norm] if body.norm_module is not None else [])])
         job = Job(
             body, plan, keep, mode == modes.RECOMPUTE_LAYER, first, all_states, owner, self.main_grad, self._verified
         )
@@ -296,6 +306,21 @@ class LoopedBlock(nn.Module):
         if self.max_loops is not None and loops > self.max_loops:
             raise ValueError(f"{OP}: loops must be at most max_loops={self.max_loops}, got {loops}")
         return loops
+
+    def _check_implicit(self, all_states: bool, time_steps: Any, per_layer: Any) -> None:
+        """A fixed point is that of one map."""
+        for name, value, plain in (
+            ("conditioning", self.conditioning.kind, "none"),
+            ("layer_scalars", self.layer_scalars.kind, "none"),
+            ("loop_argument", self.loop_argument, None),
+            ("time_steps", time_steps, None),
+            ("per_layer", per_layer, None),
+        ):
+            _require(name, value, value == plain, f"be {plain!r} for Implicit, as all loops are one map")
+        if self.residual.kind == "euler":
+            _require("substeps", self.substeps, self.substeps is not None, "be given for Implicit")
+        if all_states:
+            raise ValueError(f"{OP}: mode must have loops for all_states, got Implicit")
 
     def _first_state(self, x: Tensor, state: Tensor | None) -> Tensor:
         if not isinstance(x, Tensor) or not x.is_floating_point():

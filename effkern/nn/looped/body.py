@@ -43,11 +43,13 @@ class Body(NamedTuple):
     scalar_use: str
     loop_argument: str | None
     check_finite: bool
+    always_state: bool = False
+    """Carry h_t in any case."""
 
     def carries_state(self, plan: Plan) -> bool:
         """Whether h_t is what goes from loop to loop, and not x_t."""
         uses_h = "low_rank" in plan.shared or "beta" in plan.shared or any("beta" in part for part in plan.loops)
-        return uses_h or "mix" in plan.shared or not self.injects(plan)
+        return self.always_state or uses_h or "mix" in plan.shared or not self.injects(plan)
 
     def injects(self, plan: Plan) -> bool:
         return bool(plan.shared.keys() & {"e", "state_scale"}) or any("embedding" in part for part in plan.loops)
