@@ -145,7 +145,7 @@ class _Run:
             return self.model.logits(self.model.norm(value[:, -1]))
         if test.reads == "gate":
             assert self.stage.gate is not None
-            return self.stage.gate(state[:, -1])
+            return torch.sigmoid(self.stage.gate.logit(state[:, -1]))
         if test.reads == "change":
             assert change is not None
             return change[:, -1]

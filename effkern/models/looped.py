@@ -13,7 +13,7 @@ from effkern.models.kv_cache import ALL, KVCache, KVSlot, Rows, StageCache
 from effkern.models.layers import generator_for
 from effkern.models.parts import STACKS, register
 from effkern.models.stages import Stage, parse_stages
-from effkern.nn import LoopedBlock, LoopState
+from effkern.nn import ExitGate, LoopedBlock, LoopState
 from effkern.nn.looped.parts import FEATURES
 
 Rope = tuple[Tensor, Tensor]
@@ -42,24 +42,6 @@ class PlainStage(nn.Module):
         return stream
 
 
-class ExitProbability(nn.Module):
-    """lambda = sigmoid(w . h + b) per token, in float32; 1/2 at the start."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
-        self.bias = nn.Parameter(torch.empty(1))
-
-    @torch.no_grad()
-    def fill(self, generator: torch.Generator) -> None:
-        self.weight.zero_()
-        self.bias.zero_()
-
-    def forward(self, state: Tensor) -> Tensor:
-        wide = torch.promote_types(state.dtype, torch.float32)
-        return torch.sigmoid(state.to(wide) @ self.weight.to(wide) + self.bias.to(wide))
-
-
 class LoopedStage(nn.Module):
     """Layers that run several times, in a LoopedBlock."""
 
@@ -73,7 +55,7 @@ class LoopedStage(nn.Module):
             max_loops=loop.most_loops(stage), layer_scalars=loop.layer_scalars, norm=loop.norm,
             norm_eps=config.norm_eps, seed=index,
         )  # fmt: skip
-        self.gate = ExitProbability(config.hidden_size) if loop.exit_gate else None
+        self.gate = ExitGate(config.hidden_size) if loop.exit_gate else None
 
     @staticmethod
     def own_parameters(config: DecoderConfig, stage: Stage) -> int:

@@ -34,6 +34,8 @@ class SlowDecoder:
         self.model, self.policy, self.config = model, policy, model.config
         self.stages = model.stages(loops)
         self.store, self.ran, self.length = {}, {}, 0
+        # h_1, h_2 ... of the last pass, by stage.
+        self.states = {}
 
     def run(self, tokens, ran=None):
         """Hidden states of new positions; `ran`: the loops of each looped stage in this pass."""
@@ -61,6 +63,7 @@ class SlowDecoder:
             "learned": lambda: block.start_state.vector.expand_as(e),
             "noise": lambda: torch.stack([position_noise(p, e.shape[1]) for p in self.now]).to(e),
         }[loop.init]()
+        self.states[i] = []
         for t in range(ran):
             x = self.inject(block.injection, loop.injection, h, e)
             rows = block.conditioning.rows(total, None, e)
@@ -78,6 +81,7 @@ class SlowDecoder:
             h = self.residual(block.residual, loop, z, h, total)
             if loop.norm:
                 h = self.norm(h, block.norm.weight)
+            self.states[i].append(h)
         return h
 
     @staticmethod
