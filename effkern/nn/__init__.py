@@ -2,5 +2,32 @@
 
 from effkern.nn.distill import LinearDistillLoss
 from effkern.nn.laurel import LaurelResidual
+from effkern.nn.looped import (
+    ExitDistribution,
+    ExitGate,
+    Implicit,
+    LoopedBlock,
+    LoopState,
+    PoissonLognormalLoops,
+    Truncated,
+    UniformLoops,
+    exit_gate_loss,
+    exit_log_probs,
+    expected_exit_loss,
+)
 
-__all__ = ["LaurelResidual", "LinearDistillLoss"]
+__all__ = [
+    "ExitDistribution",
+    "ExitGate",
+    "Implicit",
+    "LaurelResidual",
+    "LinearDistillLoss",
+    "LoopState",
+    "LoopedBlock",
+    "PoissonLognormalLoops",
+    "Truncated",
+    "UniformLoops",
+    "exit_gate_loss",
+    "exit_log_probs",
+    "expected_exit_loss",
+]

@@ -1,0 +1,441 @@
+"""`LoopedBlock`: a core applied L times, with what lies between the loops, trained through exactly and cheaply."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from effkern.nn.looped import modes, parts
+from effkern.nn.looped.body import OP, Body, LoopPart, Plan
+from effkern.nn.looped.engine import Job, run
+from effkern.nn.looped.finite import FiniteFlags
+from effkern.nn.looped.implicit import Solution, fixed_point
+from effkern.nn.looped.modes import Implicit, Mode, Truncated
+from effkern.nn.looped.sampling import Sampler
+
+
+class LoopState(NamedTuple):
+    """Between two loops: see LoopedBlock.start."""
+
+    state: Tensor
+    """h_t."""
+    source: Tensor
+    """The block's input x."""
+    loop: int
+    """t: loops done."""
+    change: Tensor | None = None
+    """||h_t - h_{t-1}|| / ||h_t|| per token, float32; None before the first loop."""
+
+    def rows(self, index: Any) -> "LoopState":
+        """Of these rows of the first dimension."""
+        change = None if self.change is None else self.change[index]
+        return LoopState(self.state[index], self.source[index], self.loop, change)
+
+
+class LoopedBlock(nn.Module):
+    """h_{t+1} = norm(residual(core(x_t), h_t)), x_t = injection(h_t, e) + c_t, for t = 0 .. L-1; returns h_L.
+
+    e is the block's input x. Every part besides the core is optional; without any, h_{t+1} = core(h_t). What lies
+    between two loops is one pass over memory, effkern.loop_step. h has x's dtype and shape in every loop.
+
+    Args:
+        core: a module that maps [..., D] to the same shape, or a list of layers, applied in turn.
+        loops: L, or UniformLoops / PoissonLognormalLoops: then a training call needs its `step`, and draws L from it
+            and `seed`.
+        dim: D. Needed by parts with parameters; the rest does without.
+        mode: what is kept for backward, see below.
+        init: h_0. "input" x, "zeros", "learned" a vector, "noise" truncated normal as Huginn.
+        injection: x_t. "none" h; "add" h + e; "linear" W [h; e], with W's half of e once a call; "gate" a h + b e with
+            D-wide a and b; "convex" g h + (1 - g) e, g = sigmoid of a D-wide vector.
+        residual: "none" f; "laurel" alpha f + beta h + (h A) B, of rank `rank` (0: without A and B), at the start f;
+            "euler" h + dt (f - h) with dt = 1/L, 1/substeps, or the call's time_steps.
+        per_channel: alpha and beta of LAuReL have D entries.
+        conditioning: c_t. "none"; "table" a learned row a loop, max_loops of them; "sinusoidal" a linear map of sines of
+            t; "time" a small network of (t, dt), dt = 1/L or the call's time_steps. 0 at the start.
+        max_loops: of tables.
+        layer_scalars: a float32 table a_{t,i} for loop t and layer i, 1 at the start. "increment" scales what a layer
+            adds, z + a (layer(z) - z); "stream" has two, layer(a z + b e), b 0 at the start, as nanochat's per-depth
+            scalars; "argument" passes the entry to the layer as `scale`.
+        norm: RMSNorm with a weight after every loop; or a module, for example the model's own last norm.
+        norm_eps: of that RMSNorm.
+        check_finite: look at every state, and raise naming the first loop whose state is not finite. One read of
+            flags after the last loop; it waits for the device.
+        main_grad: add the gradients of core and norm to `p.main_grad` (float32, made if absent) and leave `p.grad`
+            alone. For trainers that reduce and use it themselves: no hook of DDP or FSDP fires for those parameters.
+        loop_argument: name under which the core gets the number of the loop, an int.
+        seed: of drawn numbers of loops.
+        device, dtype: of the block's own parameters. Factors of whole tensors stay float32.
+
+    Modes, with S bytes of a state, M of what one of k layers saves, T the time of one loop forward, backward 2 T:
+        "recompute"        L S + k M       4 L T   the default: each loop again in backward
+        "full"             L k M           3 L T
+        "recompute_layer"  L S + k S + M   5 L T   each layer of a loop again, too
+        Truncated(t)       t S + k M       (L + 3 t) T   gradient through the last t loops
+        Implicit(...)      the fixed point; `loops` are not used
+        "autograd"         L k M           3 L T   torch's own graph: second derivatives, and tracing as a whole
+    In all but the last, backward is one node that sums the gradients of shared tensors over loops in float32, rounds
+    once, and gives each parameter one gradient: one reduction a parameter under DDP. full and recompute give the same
+    bits. Dropout and autocast are replayed exactly. Compile the core, not the block: then no L compiles anything.
+
+    FSDP2: fully_shard the block; its parameters are gathered once forward and once backward, whatever L. If the core or
+    its layers are units of their own, "recompute" falls back to torch's checkpoint per loop, "full" to "autograd".
+
+    Raises:
+        ValueError, TypeError: an argument breaks a rule.
+    """
+
+    def __init__(
+        self,
+        core: nn.Module | Sequence[nn.Module],
+        loops: int | Sampler,
+        *,
+        dim: int | None = None,
+        mode: Mode = modes.RECOMPUTE,
+        init: str = "input",
+        injection: str = "none",
+        residual: str = "none",
+        rank: int = 32,
+        per_channel: bool = False,
+        substeps: int | None = None,
+        conditioning: str = "none",
+        max_loops: int | None = None,
+        layer_scalars: str = "none",
+        norm: bool | nn.Module = False,
+        norm_eps: float = 1e-6,
+        check_finite: bool = False,
+        main_grad: bool = False,
+        loop_argument: str | None = None,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        layered = isinstance(core, (list, tuple, nn.ModuleList))
+        if not layered and not isinstance(core, nn.Module):
+            raise TypeError(f"{OP}: core must be a module or a list of layers, got {type(core).__name__}")
+        layers = list(core) if layered else [core]  # type: ignore[arg-type]
+        _require("core", f"{len(layers)} layers", bool(layers), "have at least one layer")
+        modes.check_mode(mode, OP)
+        if not isinstance(loops, Sampler):
+            _check_loops(loops)
+        for name, value, known in (
+            ("init", init, parts.STARTS),
+            ("injection", injection, parts.INJECTIONS),
+            ("residual", residual, parts.RESIDUALS),
+            ("conditioning", conditioning, parts.CONDITIONINGS),
+            ("layer_scalars", layer_scalars, parts.SCALARS),
+        ):
+            _require(name, value, value in known, f"be one of {known}")
+        if max_loops is not None:
+            _require("max_loops", max_loops, type(max_loops) is int and max_loops >= 1, "be at least 1")
+        wide = {
+            "init": init == "learned", "injection": injection in ("linear", "gate", "convex"),
+            "residual": residual == "laurel", "conditioning": conditioning != "none", "norm": norm is True,
+        }  # fmt: skip
+        for name, needed in wide.items():
+            _require("dim", dim, not needed or (type(dim) is int and dim >= 1), f"be given for this {name}")
+        for name, needed in (("conditioning", conditioning == "table"), ("layer_scalars", layer_scalars != "none")):
+            _require("max_loops", max_loops, not needed or max_loops is not None, f"be given for this {name}")
+        if layer_scalars != "none":
+            _require("core", "one module", layered, "be a list of layers for layer_scalars")
+        if residual == "laurel" and dim is not None:
+            _require("rank", rank, type(rank) is int and 0 <= rank <= dim, f"lie in [0, D={dim}]")
+        if substeps is not None:
+            _require("substeps", substeps, residual == "euler", 'come with residual="euler"')
+            _require("substeps", substeps, type(substeps) is int and substeps >= 1, "be at least 1")
+        if mode == modes.RECOMPUTE_LAYER:
+            _require("mode", mode, layered, "come with a list of layers as core")
+        self.core = nn.ModuleList(layers) if layered else core
+        self.layered, self.loops, self.dim, self.mode, self.seed = layered, loops, dim, mode, seed
+        self.max_loops, self.substeps = max_loops, substeps
+        self.norm_eps, self.check_finite, self.main_grad, self.loop_argument = (
+            norm_eps, check_finite, main_grad, loop_argument,
+        )  # fmt: skip
+        self.start_state = parts.Start(init, dim, device, dtype)
+        self.injection = parts.Injection(injection, dim, device, dtype)
+        self.residual = parts.Residual(residual, dim, rank, per_channel, device, dtype)
+        self.conditioning = parts.Conditioning(conditioning, dim, max_loops, device, dtype)
+        self.layer_scalars = parts.LayerScalars(layer_scalars, max_loops, len(layers), device)
+        self.norm: nn.Module | None = norm if isinstance(norm, nn.Module) else None
+        if norm is True:
+            assert dim is not None
+            self.norm = parts.LoopNorm(dim, device, dtype)
+        self.last_solution: Solution | None = None
+        """Of the last call with Implicit: evaluations and residual."""
+        self._verified: list[bool] = []
+
+    def draw_loops(self, step: int) -> int:
+        """L of a training step, where loops are drawn."""
+        if not isinstance(self.loops, Sampler):
+            raise ValueError(f"{OP}: loops must be a sampler to be drawn, got {self.loops!r}")
+        return self.loops.draw(step, self.seed)
+
+    def forward(
+        self,
+        x: Tensor,
+        *args: Any,
+        loops: int | None = None,
+        mode: Mode | None = None,
+        step: int | None = None,
+        state: Tensor | None = None,
+        time_steps: Sequence[float] | None = None,
+        per_layer: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """h_L.
+
+        Args:
+            x: [..., D], floating.
+            args, kwargs: for the core, or for every layer: the same in every loop. Tensors in nested tuples, lists and
+                dicts get gradients.
+            loops, mode: of this call, instead of the block's.
+            step: of training, for drawn loops. Without one, in evaluation, the sampler's `in_evaluation` loops run.
+            state: h_0, instead of `init`.
+            time_steps: dt of every loop, positive with sum 1, for conditioning="time" and residual="euler".
+            per_layer: keyword arguments that differ: name -> value, value[t][i] is for layer i in loop t; a tensor
+                [loops, layers, ...] is as good as nested lists.
+
+        Returns:
+            h_L, like x.
+
+        Raises:
+            ValueError, TypeError: an argument breaks a rule; the core returns several things, or another shape.
+            FloatingPointError: with check_finite, a state is not finite.
+            NotImplementedError: a second derivative outside of mode="autograd".
+        """
+        return self._execute(x, args, kwargs, loops, mode, step, state, time_steps, per_layer, False)[-1]
+
+    def all_states(
+        self,
+        x: Tensor,
+        *args: Any,
+        loops: int | None = None,
+        mode: Mode | None = None,
+        step: int | None = None,
+        state: Tensor | None = None,
+        time_steps: Sequence[float] | None = None,
+        per_layer: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, ...]:
+        """h_1 .. h_L, for losses at every loop; arguments as in forward.
+
+        A loss on the last states only costs a backward through all loops; one on a state costs nothing more. With
+        Truncated the states before the last t have no gradient. Not for Implicit.
+        """
+        return self._execute(x, args, kwargs, loops, mode, step, state, time_steps, per_layer, True)
+
+    def start(self, x: Tensor, state: Tensor | None = None) -> LoopState:
+        """h_0, for callers that go loop by loop: tests for an exit, rows that leave early."""
+        return LoopState(self._first_state(x, state), x, 0)
+
+    def advance(
+        self,
+        at: LoopState,
+        *args: Any,
+        loops: int | None = None,
+        time_steps: Sequence[float] | None = None,
+        per_layer: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> LoopState:
+        """One more loop, with autograd's own graph if any. `loops`: those there will be at most, for tables and dt."""
+        count = self._count(loops, None) if loops is not None or not isinstance(self.loops, Sampler) else at.loop + 1
+        if at.loop >= count:
+            raise ValueError(f"{OP}: loops must be more than the {at.loop} done, got {count}")
+        plan = self._plan(at.source, args, kwargs, count, time_steps, per_layer)
+        body = self._body(plan)
+        x_t = body.enter(plan, at.loop, at.state)
+        f = body.apply_core(plan, at.loop, x_t)
+        step = body.leave(plan, at.loop, f, at.state, change=True)
+        return LoopState(step.state, at.source, at.loop + 1, step.change)
+
+    def _execute(
+        self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], loops: int | None, mode: Mode | None,
+        step: int | None, state: Tensor | None, time_steps: Sequence[float] | None, per_layer: dict[str, Any] | None,
+        all_states: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        mode = self.mode if mode is None else mode
+        modes.check_mode(mode, OP)
+        if mode == modes.RECOMPUTE_LAYER:
+            _require("mode", mode, self.layered, "come with a list of layers as core")
+        if isinstance(mode, Implicit):
+            self._check_implicit(all_states, time_steps, per_layer)
+            count = 1
+        else:
+            count = self._count(loops, step)
+        if isinstance(mode, Truncated) and mode.loops > count:
+            raise ValueError(f"{OP}: Truncated.loops must be at most the loops of the call, {count}, got {mode.loops}")
+        if (
+            loops is None
+            and self.training
+            and isinstance(self.loops, Sampler)
+            and mode in (modes.FULL, modes.RECOMPUTE)
+        ):
+            if self.loops.with_gradient is not None:
+                mode = Truncated(min(self.loops.with_gradient, count), recompute=mode == modes.RECOMPUTE)
+        h = self._first_state(x, state)
+        plan = self._plan(x, args, kwargs, count, time_steps, per_layer)
+        body = self._body(plan)
+        owner = nn.ModuleList([self.core, *([self.norm] if body.norm_module is not None else [])])
+        if isinstance(mode, Implicit):
+            body = body._replace(always_state=True)
+            job = Job(body, plan, False, False, 0, False, owner, self.main_grad, self._verified)
+            state_L, self.last_solution = fixed_point(job, h, mode)
+            return (state_L,)
+        carry = h if body.carries_state(plan) else body.enter(plan, 0, h)
+        graph = mode == modes.AUTOGRAD
+        if not graph and torch.compiler.is_compiling():
+            graph = True
+        if graph or self._sharded_inside():
+            return _by_autograd(body, plan, carry, mode, all_states)
+        first = count - mode.loops if isinstance(mode, Truncated) else 0
+        keep = mode == modes.FULL or (isinstance(mode, Truncated) and not mode.recompute)
+        job = Job(
+            body, plan, keep, mode == modes.RECOMPUTE_LAYER, first, all_states, owner, self.main_grad, self._verified
+        )
+        return run(job, carry)
+
+    def _count(self, loops: int | None, step: int | None) -> int:
+        if loops is None:
+            if not isinstance(self.loops, Sampler):
+                loops = self.loops
+            elif step is not None:
+                loops = self.loops.draw(step, self.seed)
+            elif self.training:
+                raise ValueError(f"{OP}: step must be given in training, as loops are drawn from it, got None")
+            else:
+                loops = self.loops.in_evaluation
+        _check_loops(loops)
+        if self.max_loops is not None and loops > self.max_loops:
+            raise ValueError(f"{OP}: loops must be at most max_loops={self.max_loops}, got {loops}")
+        return loops
+
+    def _check_implicit(self, all_states: bool, time_steps: Any, per_layer: Any) -> None:
+        """A fixed point is that of one map."""
+        for name, value, plain in (
+            ("conditioning", self.conditioning.kind, "none"),
+            ("layer_scalars", self.layer_scalars.kind, "none"),
+            ("loop_argument", self.loop_argument, None),
+            ("time_steps", time_steps, None),
+            ("per_layer", per_layer, None),
+        ):
+            _require(name, value, value == plain, f"be {plain!r} for Implicit, as all loops are one map")
+        if self.residual.kind == "euler":
+            _require("substeps", self.substeps, self.substeps is not None, "be given for Implicit")
+        if all_states:
+            raise ValueError(f"{OP}: mode must have loops for all_states, got Implicit")
+
+    def _first_state(self, x: Tensor, state: Tensor | None) -> Tensor:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{OP}: x must be a tensor of a floating dtype, got {got}")
+        if x.dim() < 1 or (self.dim is not None and x.shape[-1] != self.dim):
+            rule = f"(..., D={self.dim})" if self.dim is not None else "(..., D)"
+            raise ValueError(f"{OP}: x must have shape {rule}, got {tuple(x.shape)}")
+        if state is None:
+            return self.start_state(x)
+        if state.shape != x.shape:
+            raise ValueError(f"{OP}: state must have x's shape {tuple(x.shape)}, got {tuple(state.shape)}")
+        return state.to(x.dtype)
+
+    def _plan(
+        self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], count: int,
+        time_steps: Sequence[float] | None, per_layer: dict[str, Any] | None,
+    ) -> Plan:  # fmt: skip
+        timed = self.conditioning.kind == "time" or self.residual.kind == "euler"
+        steps = None if time_steps is None else _check_time_steps(time_steps, count, timed)
+        shared = {"args": args, "kwargs": kwargs, **self.injection.terms(x), **self.residual.terms()}
+        if isinstance(self.norm, parts.LoopNorm):
+            shared["norm_weight"] = self.norm.weight
+        if self.layer_scalars.kind == "stream":
+            shared["x0"] = x
+        loops: list[LoopPart] = [{} for _ in range(count)]
+        rows = self.conditioning.rows(count, steps, x)
+        scalars = self.layer_scalars.rows(count)
+        for t, part in enumerate(loops):
+            if rows is not None:
+                part["embedding"] = rows[t]
+            if scalars is not None:
+                part["scalars"] = scalars[t]
+            if self.residual.kind == "euler":
+                dt = steps[t] if steps is not None else 1 / (self.substeps or count)
+                part["alpha"], part["beta"] = dt, 1 - dt
+        for name, values in (per_layer or {}).items():
+            self._spread(name, values, loops)
+        return Plan(shared, loops)
+
+    def _spread(self, name: str, values: Any, loops: list[LoopPart]) -> None:
+        """values[t][i] to loop t and layer i."""
+        num_layers = len(self.core) if isinstance(self.core, nn.ModuleList) and self.layered else 1
+        if len(values) < len(loops):
+            raise ValueError(f"{OP}: per_layer[{name!r}] must have {len(loops)} loops, got {len(values)}")
+        for t, part in enumerate(loops):
+            row = values[t]
+            if len(row) != num_layers:
+                raise ValueError(f"{OP}: per_layer[{name!r}][{t}] must have {num_layers} layers, got {len(row)}")
+            each = part.setdefault("each", [{} for _ in range(num_layers)])
+            for i in range(num_layers):
+                each[i][name] = row[i]
+
+    def _body(self, plan: Plan) -> Body:
+        fused = isinstance(self.norm, parts.LoopNorm)
+        layers = list(self.core) if self.layered else []  # type: ignore[arg-type]
+        return Body(
+            None if self.layered else self.core, layers, None if fused else self.norm, fused, self.norm_eps,
+            self.layer_scalars.kind, self.loop_argument, self.check_finite,
+        )  # fmt: skip
+
+    def _sharded_inside(self) -> bool:
+        """Whether FSDP gathers the core, or parts of it, on its own."""
+        kinds = []
+        for module, name in (("torch.distributed.fsdp", "FSDPModule"), ("torch.distributed.fsdp", "FullyShardedDataParallel")):  # fmt: skip
+            if module in sys.modules:
+                kinds.append(getattr(sys.modules[module], name))
+        return bool(kinds) and any(isinstance(m, tuple(kinds)) for m in self.core.modules())
+
+    def extra_repr(self) -> str:
+        return f"loops={self.loops}, mode={self.mode!r}"
+
+
+def _by_autograd(body: Body, plan: Plan, carry: Tensor, mode: Mode, all_states: bool) -> tuple[Tensor, ...]:
+    """The loops in torch's own graph; recompute by its checkpoint."""
+    flags, states, total = FiniteFlags(body.check_finite), [], len(plan.loops)
+    first = total - mode.loops if isinstance(mode, Truncated) else 0
+    again = mode in (modes.RECOMPUTE, modes.RECOMPUTE_LAYER) or (isinstance(mode, Truncated) and mode.recompute)
+    layers = mode == modes.RECOMPUTE_LAYER
+    for t in range(total):
+        if t < first:
+            with torch.no_grad():
+                state, carry = body.loop(plan, t, carry)
+        elif again and torch.is_grad_enabled():
+            state, carry = checkpoint(body.loop, plan, t, carry, by_layer=layers, use_reentrant=False)
+        else:
+            state, carry = body.loop(plan, t, carry)
+        flags.add(state)
+        if all_states or t + 1 == total:
+            states.append(state)
+    flags.check()
+    return tuple(states)
+
+
+def _check_loops(loops: object) -> None:
+    if type(loops) is not int:
+        raise TypeError(f"{OP}: loops must be a whole number or a sampler, got {loops!r}")
+    if loops < 1:
+        raise ValueError(f"{OP}: loops must be at least 1, got {loops}")
+
+
+def _check_time_steps(time_steps: Sequence[float], count: int, timed: bool) -> list[float]:
+    steps = [float(s) for s in time_steps]
+    _require("time_steps", time_steps, timed, 'come with conditioning="time" or residual="euler"')
+    _require("time_steps", time_steps, len(steps) == count, f"have one entry for each of {count} loops")
+    _require("time_steps", time_steps, all(s > 0 for s in steps), "be positive")
+    _require("time_steps", time_steps, abs(sum(steps) - 1) < 1e-4, "have the sum 1")
+    return steps
+
+
+def _require(name: str, value: object, holds: bool, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{OP}: {name} must {rule}, got {value!r}")

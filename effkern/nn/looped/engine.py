@@ -1,0 +1,294 @@
+"""All loops as one node of autograd: its backward goes through the loops one by one and sums gradients in float32.
+
+Every loop is a small graph of its own, from detached leaves to its state. It is kept (full) or made again (recompute);
+backward is the same code for both. Each tensor that the loops share gets one gradient, rounded once, so that whatever
+hooks it has fire once.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from effkern.nn.looped.body import OP, Body, Plan
+from effkern.nn.looped.captured import check_captured
+from effkern.nn.looped.finite import FiniteFlags
+from effkern.nn.looped.replay import AutocastState, RandomStates, devices_of
+
+
+class Job(NamedTuple):
+    """One call of the block."""
+
+    body: Body
+    plan: Plan
+    keep: bool
+    """Keep the graphs of the loops with gradient, instead of making them again."""
+    by_layer: bool
+    first: int
+    """The first loop with gradient."""
+    all_states: bool
+    owner: nn.Module
+    """Whose parameters are read: the core, and the norm if it is a module."""
+    main_grad: bool
+    verified: list[bool]
+    """Not empty: a backward has found nothing captured before."""
+
+
+class Leaves:
+    """The tensors of a plan that get gradients, each once, by loop."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.tensors: list[Tensor] = []
+        self.others: list[Tensor] = []
+        places: dict[int, int] = {}
+
+        def places_of(tree: Any) -> tuple[list[Any], Any, list[tuple[int, int]]]:
+            flat, spec = tree_flatten(tree)
+            found = []
+            for i, leaf in enumerate(flat):
+                if isinstance(leaf, Tensor) and leaf.requires_grad:
+                    place = places.setdefault(id(leaf), len(places))
+                    if place == len(self.tensors):
+                        self.tensors.append(leaf)
+                    found.append((i, place))
+                elif isinstance(leaf, Tensor):
+                    self.others.append(leaf)
+            return flat, spec, found
+
+        self.shared = places_of(plan.shared)
+        self.loops = [places_of(part) for part in plan.loops]
+
+    def of_loop(self, t: int, count: int) -> list[int]:
+        """What loops t .. t + count - 1 read."""
+        parts = self.loops[t : t + count]
+        return list(dict.fromkeys(place for _, _, found in (self.shared, *parts) for _, place in found))
+
+    def replaced(self, tensors: list[Tensor]) -> Plan:
+        """The plan with these in place of its own."""
+
+        def put(entry: tuple[list[Any], Any, list[tuple[int, int]]]) -> Any:
+            flat, spec, found = entry
+            flat = list(flat)
+            for i, place in found:
+                flat[i] = tensors[place]
+            return tree_unflatten(flat, spec)
+
+        return Plan(put(self.shared), [put(part) for part in self.loops])
+
+
+def run(job: Job, carry: Tensor) -> tuple[Tensor, ...]:
+    """The last state, or with `all_states` every one; with gradients where autograd is on and something needs one."""
+    leaves = Leaves(job.plan)
+    params = [p for p in job.owner.parameters() if p.requires_grad]
+    inputs = [carry, *leaves.tensors, *params]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        return _Loops.apply(job, leaves, len(params), *inputs)
+    flags, states = FiniteFlags(job.body.check_finite), []
+    for t in range(len(job.plan.loops)):
+        state, carry = job.body.loop(job.plan, t, carry)
+        flags.add(state)
+        if job.all_states or t + 1 == len(job.plan.loops):
+            states.append(state)
+    flags.check()
+    return tuple(states)
+
+
+class Kept(NamedTuple):
+    """The graph of one loop."""
+
+    leaf: Tensor
+    state: Tensor
+    carry: Tensor
+
+
+class _Loops(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, job: Job, leaves: Leaves, num_params: int, start: Tensor, *tensors: Tensor) -> Any:
+        body, plan, total = job.body, job.plan, len(job.plan.loops)
+        ctx.job, ctx.leaves, ctx.num_params = job, leaves, num_params
+        ctx.set_materialize_grads(False)
+        carry = start
+        ctx.autocast = AutocastState(carry.device)
+        ctx.versions = [] if job.keep else [(x, x._version) for x in leaves.others if not x.is_inference()]
+        devices = devices_of([carry, *tensors])
+        flags, carries, states, random = FiniteFlags(body.check_finite), [], [], []
+        ctx.kept = []
+        wanted = ctx.needs_input_grad[3]
+        if job.keep:
+            proxies = [x.detach().requires_grad_() for x in leaves.tensors]
+            tracked = leaves.replaced(proxies)
+            ctx.proxies = proxies
+        for t in range(total):
+            if t >= job.first and job.keep:
+                leaf = carry.detach().requires_grad_(t > job.first or (t == 0 and wanted))
+                with torch.enable_grad():
+                    state, carry = body.loop(tracked, t, leaf)
+                ctx.kept.append(Kept(leaf, state, carry))
+                state, carry = state.detach(), carry.detach()
+            else:
+                if t >= job.first:
+                    carries.append(carry)
+                    random.append(RandomStates(devices))
+                before, version = carry, carry._version
+                state, carry = body.loop(plan, t, carry)
+                if before._version != version:
+                    raise RuntimeError(f"{OP}: core must leave its input as it is, got it changed in place in loop {t}")
+            flags.add(state)
+            if job.all_states or t + 1 == total:
+                states.append(state)
+        flags.check()
+        if random and random[0].equals(RandomStates(devices)):
+            random = []
+        if ctx.autocast.enabled and not job.keep:
+            # Casts of weights made here have no graph, and must not be found by whoever reads those weights next.
+            torch.clear_autocast_cache()
+        ctx.random, ctx.devices = random, devices
+        ctx.save_for_backward(*tensors, *carries)
+        # A core may return what it got.
+        seen: set[int] = {id(start), *map(id, tensors)}
+        outputs = []
+        for state in states:
+            outputs.append(state.view_as(state) if id(state) in seen else state)
+            seen.add(id(state))
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(f'{OP}: create_graph=True is not covered, mode="autograd" is')
+        for x, version in ctx.versions:
+            if x._version != version:
+                raise RuntimeError(f"{OP}: arguments must stay as they are until backward, got one changed in place")
+        job: Job = ctx.job
+        keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
+        saved = ctx.saved_tensors
+        count = len(ctx.leaves.tensors)
+        tensors, params = list(saved[:count]), list(saved[count : count + ctx.num_params])
+        carries = saved[count + ctx.num_params :]
+        total, by_state = len(job.plan.loops), list(grads)
+        if not job.all_states:
+            by_state = [None] * (total - 1) + by_state
+        sums = Sums(count, params, job.main_grad)
+        if job.keep:
+            proxies, tracked = ctx.proxies, None
+        else:
+            proxies = [x.detach().requires_grad_() for x in tensors]
+            tracked = ctx.leaves.replaced(proxies)
+        following: Tensor | None = None
+        # Entered once, so that weights are cast once.
+        with _random_states_kept(ctx.devices) if ctx.random else nullcontext(), ctx.autocast.again():
+            for t in reversed(range(job.first, total)):
+                if following is None and by_state[t] is None:
+                    continue
+                i = t - job.first
+                if job.keep:
+                    kept = ctx.kept[i]
+                    if not keep_graph:
+                        ctx.kept[i] = None
+                else:
+                    assert tracked is not None
+                    wanted = t > job.first or (t == 0 and ctx.needs_input_grad[3])
+                    leaf = carries[i].detach().requires_grad_(wanted)
+                    if ctx.random:
+                        ctx.random[i].restore()
+                    with torch.enable_grad(), _parameters(job.owner, params):
+                        kept = Kept(leaf, *job.body.loop(tracked, t, leaf, by_layer=job.by_layer))
+                places = ctx.leaves.of_loop(t, 2)
+                with ctx.autocast.off():
+                    following = _through(job, kept, by_state[t], following, proxies, places, params, sums, keep_graph)
+                del kept
+        return (None, None, None, following if ctx.needs_input_grad[3] else None, *sums.results(tensors, params))
+
+
+def _through(
+    job: Job, kept: Kept, grad_state: Tensor | None, grad_carry: Tensor | None, proxies: list[Tensor],
+    places: list[int], params: list[Tensor], sums: "Sums", keep_graph: bool,
+) -> Tensor | None:  # fmt: skip
+    """Backward of one loop: adds to `sums`, returns the gradient of what the loop got."""
+    if kept.carry is kept.state:
+        if grad_carry is not None:
+            grad_state = grad_carry if grad_state is None else grad_state + grad_carry
+        pairs = [(kept.state, grad_state)]
+    else:
+        pairs = [(kept.state, grad_state), (kept.carry, grad_carry)]
+    pairs = [(y, g) for y, g in pairs if g is not None and y.requires_grad]
+    if not pairs:
+        return None
+    outputs = [y for y, _ in pairs]
+    read = [proxies[place] for place in places]
+    own = [kept.leaf] if kept.leaf.requires_grad else []
+    if not job.verified:
+        check_captured(outputs, [*own, *read, *params])
+        job.verified.append(True)
+    found = torch.autograd.grad(
+        outputs, [*own, *read, *params], [g for _, g in pairs], retain_graph=keep_graph, allow_unused=True
+    )
+    sums.add(places, list(found[len(own) :]))
+    return found[0] if own else None
+
+
+class Sums:
+    """Gradients over loops, in float32 where their tensors are narrower."""
+
+    def __init__(self, count: int, params: list[Tensor], main_grad: bool) -> None:
+        self.count = count
+        self.totals: list[Tensor | None] = [None] * (count + len(params))
+        # Whether the total is ours to write into; the first gradient may be shared with others.
+        self.ours = [False] * len(self.totals)
+        self.main_grad = main_grad
+        if main_grad:
+            for i, p in enumerate(params, count):
+                if getattr(p, "main_grad", None) is None:
+                    p.main_grad = torch.zeros_like(p, dtype=wide(p.dtype))  # type: ignore[attr-defined]
+                self.totals[i], self.ours[i] = p.main_grad, True  # type: ignore[attr-defined]
+
+    def add(self, places: list[int], grads: list[Tensor | None]) -> None:
+        """Gradients of the plan's tensors at `places`, then of all parameters."""
+        targets, addends = [], []
+        for place, grad in zip([*places, *range(self.count, len(self.totals))], grads):
+            if grad is None:
+                continue
+            total = self.totals[place]
+            if total is None:
+                self.totals[place] = grad.to(wide(grad.dtype))
+                self.ours[place] = self.totals[place] is not grad
+            elif self.ours[place]:
+                targets.append(total)
+                addends.append(grad)
+            else:
+                self.totals[place], self.ours[place] = total + grad, True
+        for total, grad in zip(targets, addends):
+            total.add_(grad)
+
+    def results(self, tensors: list[Tensor], params: list[Tensor]) -> list[Tensor | None]:
+        """One gradient each, in the tensor's dtype."""
+        grads = [None if g is None else g.to(x.dtype) for g, x in zip(self.totals, [*tensors, *params])]
+        return grads[: self.count] + [None] * len(params) if self.main_grad else grads
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+@contextmanager
+def _random_states_kept(devices: list[torch.device]) -> Iterator[None]:
+    states = RandomStates(devices)
+    try:
+        yield
+    finally:
+        states.restore()
+
+
+def _parameters(owner: nn.Module, params: list[Tensor]) -> Any:
+    """The module with the parameters of the forward pass, which a functional call had put in for its duration."""
+    names, now = [], []
+    for name, p in owner.named_parameters():
+        if p.requires_grad:
+            names.append(name)
+            now.append(p)
+    if len(now) == len(params) and all(a is b for a, b in zip(now, params)):
+        return nullcontext()
+    return nn.utils.stateless._reparametrize_module(owner, dict(zip(names, params)), tie_weights=True)
