@@ -15,6 +15,7 @@ from effkern.ops.distill import (
     linear_distill_loss,
 )
 from effkern.ops.laurel import LaurelOutput, laurel_residual
+from effkern.ops.loop_similarity import LoopSimilarity, loop_similarity
 from effkern.ops.loop_step import LoopStepOutput, loop_step
 from effkern.ops.looped_linear_attention import LoopedAttentionOutput, looped_linear_attention
 from effkern.ops.soft_labels import SoftLabels, soft_labels
@@ -27,6 +28,7 @@ __all__ = [
     "DistillStats",
     "LabelStats",
     "LaurelOutput",
+    "LoopSimilarity",
     "LoopStepOutput",
     "LoopedAttentionOutput",
     "SoftLabels",
@@ -40,6 +42,7 @@ __all__ = [
     "distributed",
     "laurel_residual",
     "linear_distill_loss",
+    "loop_similarity",
     "loop_step",
     "looped_linear_attention",
     "nn",
