@@ -1,6 +1,6 @@
 """In-context regression by linear attention: looped layers beside free ones, computed and trained.
 
-    python -m benchmarks.papers.looped_in_context [--seeds 3] [--steps 2000] [--out FILE.json]
+    python -m benchmarks.papers.looped_in_context [--seeds 3] [--steps 3000] [--out FILE.json]
 
 Computed: the scalar model of looped_spectra.py, exact optima of the rates a_l for eigenvalues log-uniform on
 [1, kappa]; for a spectrum of L atoms, on which L free layers are exact, what becomes of the loss when the spectrum is
@@ -172,10 +172,10 @@ def tables(exact: dict[str, Any], records: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--dim", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=0.02, help="times 1 / kappa")
+    parser.add_argument("--lr", type=float, default=0.1, help="times 1 / kappa")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="write both tables and the machine as JSON")
     a = parser.parse_args()
