@@ -4,10 +4,10 @@
     python -m benchmarks.ops.looped_linear_attention --batches 512 --examples 10 --free --json
 
 Variants: `loop` w <- w + A^T X^T (y - X w) / n, three products per loop, as one writes it; `moments` the same after S =
-X^T X / n and b = X^T y / n, two small products per loop; `compile` the faster of the two under torch.compile; `paper` the
-whole prompt through every layer (--paper: a hundred times slower). The floor is the multiply-adds of the form that the
-op takes, forward and backward (problem.products and what all forms share), at the rate at which torch.mm does those of
-a square product of 1024.
+X^T X / n and b = X^T y / n, two small products per loop; `compile` the faster of the two under torch.compile; `paper`
+the whole prompt through every layer (--paper: a hundred times slower). The floor is the multiply-adds of the form that
+the op takes, forward and backward (problem.products and what all forms share), at the rate at which torch.mm does those
+of a square product of 1024.
 """
 
 import argparse
@@ -135,7 +135,10 @@ def measure(case: dict, rounds: int, with_paper: bool, rate: float) -> list[str]
         }
         lines += runner.result_lines("looped_linear_attention", which, timings, extra)
         cells = [f"{name} {t.wall * 1e6:.0f} us ({t.wall / ours.wall:.1f} x)" for name, t in timings.items()]
-        print(f"{which}: {', '.join(cells)}; floor {floor * 1e6:.0f} us, {floor / ours.wall:.2f} of it reached", flush=True)
+        print(
+            f"{which}: {', '.join(cells)}; floor {floor * 1e6:.0f} us, {floor / ours.wall:.2f} of it reached",
+            flush=True,
+        )
     return lines
 
 

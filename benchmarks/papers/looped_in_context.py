@@ -2,16 +2,17 @@
 
     python -m benchmarks.papers.looped_in_context [--seeds 3] [--steps 3000] [--out FILE.json]
 
-Computed: the scalar model of looped_spectra.py, exact optima of the rates a_l for eigenvalues log-uniform on
-[1, kappa]; for a spectrum of L atoms, on which L free layers are exact, what becomes of the loss when the spectrum is
+Computed: the scalar model of looped_spectra.py, exact optima of the rates a_l for eigenvalues log-uniform on [1,
+kappa]; for a spectrum of L atoms, on which L free layers are exact, what becomes of the loss when the spectrum is
 scaled afterwards; and whether the read-out after each layer falls, for free layers with the rates in increasing and in
-decreasing order. Source: arXiv 2410.21698; of that paper only the abstract was available, so that the settings are ours.
+decreasing order. Source: arXiv 2410.21698; of that paper only the abstract was available, so that the settings are
+ours.
 
 Trained: effkern.looped_linear_attention, A of [d, d] for all loops or [L, d, d], by Adam from a_l = 2 / (1 + kappa), on
 tasks with eigenvectors and eigenvalues of their own, w ~ N(0, Sigma^-1), the loss (w . q - prediction)^2 / d of a fresh
 query. The examples have covariance Sigma to the last digit, as if there were infinitely many, so that the scalar model
-says what can be reached. "atoms" trains on d = L fixed eigenvalues and tests on scaled ones. Losses are means over 65536
-test tasks; a trained net that has not converged is also less fragile than the computed optimum.
+says what can be reached. "atoms" trains on d = L fixed eigenvalues and tests on scaled ones. Losses are means over
+65536 test tasks; a trained net that has not converged is also less fragile than the computed optimum.
 """
 
 import argparse
@@ -143,8 +144,8 @@ def trained(a: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def tables(exact: dict[str, Any], records: list[dict[str, Any]]) -> str:
-    lines = ["| kappa | L | looped | free | looped at 1.1 x | free at 1.1 x | read-outs fall: looped, free (increasing, "
-             "decreasing rates) |", "|---" * 7 + "|"]  # fmt: skip
+    read_outs = "read-outs fall: looped, free (increasing, decreasing rates)"
+    lines = [f"| kappa | L | looped | free | looped at 1.1 x | free at 1.1 x | {read_outs} |", "|---" * 7 + "|"]
     for r in exact["broad"]:
         lines.append(
             f"| {r['kappa']:g} | {r['loops']} | {r['looped']:.1e} | {r['free']:.1e} | {r['looped_scaled_1.1']:.1e} "
@@ -157,7 +158,9 @@ def tables(exact: dict[str, Any], records: list[dict[str, Any]]) -> str:
     lines += ["|---" * (len(SCALES) + 4) + "|"]
     cases = dict.fromkeys((r["spectrum"], r["kappa"], r["loops"], r["free"]) for r in records)
     for spectrum, kappa, loops, free in cases:
-        rows = [r for r in records if (r["spectrum"], r["kappa"], r["loops"], r["free"]) == (spectrum, kappa, loops, free)]
+        rows = [
+            r for r in records if (r["spectrum"], r["kappa"], r["loops"], r["free"]) == (spectrum, kappa, loops, free)
+        ]
         cells = []
         for scale in SCALES:
             found = [r["loss"][str(scale)] for r in rows]
@@ -185,7 +188,9 @@ def main() -> None:
     print(tables(exact, records))
     if a.out:
         case = {key: value for key, value in vars(a).items() if key != "out"}
-        a.out.write_text(json.dumps({**case, **runner.machine(), "computed": exact, "trained": records}, indent=1) + "\n")
+        a.out.write_text(
+            json.dumps({**case, **runner.machine(), "computed": exact, "trained": records}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@
 The last token of a sequence points to the token after its previous occurrence, that one on in the same way, p times;
 the answer is the letter where this ends. Source: arXiv 2502.17416, section on synthetic tasks (p = 16 and 32, length
 256, 200000 steps of Adafactor, hidden size 128). Smaller here, so that all runs take half an hour on two cores: p,
-length, width and steps as the options say; AdamW. Also different: every position that has p hops is a label in training,
-not the last one alone, and training starts at 1 hop, doubling to p when nine tenths of the labels are right, or after
-its share of the first half of the steps. The test is the paper's: instances of the exact generator that training never
-saw, the answer at the last position; accuracy of guessing is one in `letters`.
+length, width and steps as the options say; AdamW. Also different: every position that has p hops is a label in
+training, not the last one alone, and training starts at 1 hop, doubling to p when nine tenths of the labels are right,
+or after its share of the first half of the steps. The test is the paper's: instances of the exact generator that
+training never saw, the answer at the last position; accuracy of guessing is one in `letters`.
 """
 
 import argparse
@@ -101,15 +101,19 @@ def table(records: list[dict[str, Any]], letters: int) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    training.common_options(parser, "6x1 1x6 1x1", steps=1500, seeds=3, lr=2e-3)
+def task_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hops", type=int, default=4, help="p")
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--letters", type=int, default=4)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--batch", type=int, default=64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    training.common_options(parser, "6x1 1x6 1x1", steps=1000, seeds=3, lr=2e-3)
+    task_options(parser)
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     print(table(measure(a), a.letters))

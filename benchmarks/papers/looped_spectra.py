@@ -1,5 +1,6 @@
 """The scalar model of looped linear attention: after L layers an eigenvalue lam of the examples' covariance leaves
-p(lam) = prod_l (1 - a_l lam) of the target, and the loss is the mean of p^2 over the spectrum. Exact optima, in float64.
+p(lam) = prod_l (1 - a_l lam) of the target, and the loss is the mean of p^2 over the spectrum. Exact optima, in
+float64.
 """
 
 from typing import NamedTuple

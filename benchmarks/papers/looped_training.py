@@ -30,7 +30,8 @@ def decoder(stages: str, vocab: int, length: int, width: int, heads: int, seed: 
     config = DecoderConfig(
         vocab_size=vocab, hidden_size=width, num_layers=sum(stage.layers for stage in parsed), num_heads=heads,
         num_kv_heads=heads, mlp_size=3 * width, max_seq_len=length, tie_head=False, init_std=width**-0.5,
-        stack="looped" if looped else "plain", loop=LoopConfig(stages=stages, mode="autograd") if looped else LoopConfig(),
+        stack="looped" if looped else "plain",
+        loop=LoopConfig(stages=stages, mode="autograd") if looped else LoopConfig(),
     )  # fmt: skip
     return Decoder(config, seed=seed)
 
@@ -80,7 +81,10 @@ def train(
             watch(step, share.item())
         if report and (step + 1) % report == 0:
             mean = statistics.mean(losses[-report:])
-            print(f"  step {step + 1}: loss {mean:.3f}, right {share:.3f}, {time.perf_counter() - start:.0f} s", flush=True)
+            print(
+                f"  step {step + 1}: loss {mean:.3f}, right {share:.3f}, {time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
     return losses
 
 
@@ -96,7 +100,8 @@ def parameters(model: Decoder) -> int:
 
 
 def common_options(parser: argparse.ArgumentParser, models: str, steps: int, seeds: int, lr: float) -> None:
-    parser.add_argument("--models", nargs="+", default=models.split(), help="layers x loops, as 6x1 or 1x6")
+    if models:
+        parser.add_argument("--models", nargs="+", default=models.split(), help="layers x loops, as 6x1 or 1x6")
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--first-seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""looped_linear_attention: every form against the paper's in float64, its place in PyTorch, its errors, what it keeps."""
+"""looped_linear_attention: every form against the paper's in float64, its place in PyTorch, errors, what it keeps."""
 
 import pytest
 import torch
@@ -332,7 +332,7 @@ def test_what_the_kernels_do_not_cover():
         pytest.skip("effkern._C was not built")
     c = Case(batch=2, examples=3, dim=260, loops=2, form="factors")
     given = cases.make(c)
-    with pytest.raises(NotImplementedError, match="impl='cpp' takes at most 256 numbers of state .* got 260"):
+    with pytest.raises(NotImplementedError, match=r"impl='cpp' takes at most 256 numbers of state .* got 260"):
         cases.ours(given, c, "cpp")
     assert torch.equal(cases.ours(given, c, "auto"), cases.ours(given, c, "reference"))
 
@@ -345,7 +345,8 @@ def test_the_native_checks():
     good = [X, Y, Q[:, None], A[None], None, 8, False, 1, out]
     torch.ops.effkern.looped_attention_forward_(*good)
     wrong = {
-        0: (X.transpose(1, 2), "must be packed"), 1: (Y.double(), "of one dtype"), 3: (A[None].repeat(8, 1, 1), "needs"),
+        0: (X.transpose(1, 2), "must be packed"), 1: (Y.double(), "of one dtype"),
+        3: (A[None].repeat(8, 1, 1), "needs"),
         4: (torch.zeros(7), r"steps \[L\]"), 5: (0, "must be packed"), 7: (3, "form must be 0"),
         8: (torch.empty(8, 4, 1), "results must be packed"),
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The Triton kernels of looped linear attention, every form and path, in the interpreter (or on a GPU) against float64."""
+"""The Triton kernels of looped linear attention, every form and path, in the interpreter or on a GPU."""
 
 import pytest
 import torch
@@ -115,7 +115,7 @@ def test_nan_stays_in_its_problem():
 def test_what_is_not_covered():
     """Named, it is said; under "auto" the interpreter is for those who ask for it."""
     given = on_device(cases.make(SMALL, torch.float64))
-    with pytest.raises(NotImplementedError, match="impl='triton' takes float32, .*got torch.float64"):
+    with pytest.raises(NotImplementedError, match=r"impl='triton' takes float32, .*got torch.float64"):
         cases.ours(given, SMALL, "triton")
     wide = SMALL._replace(dim=33, form="factors")
     with pytest.raises(NotImplementedError, match="at most 32 numbers of state, features and queries, got 33"):

@@ -61,7 +61,7 @@ def test_p_hop_is_reproducible():
 
 
 def test_p_hop_errors():
-    with pytest.raises(ValueError, match="8 hops must be at least 1 and at most .* got length 17"):
+    with pytest.raises(ValueError, match=r"8 hops must be at least 1 and at most .* got length 17"):
         tasks.p_hop(1, 17, 8, 4, generator())
     with pytest.raises(ValueError, match="letters must be at least 2, got 1"):
         tasks.p_hop(1, 17, 3, 1, generator())

@@ -1,4 +1,4 @@
-"""looped_linear_attention: every loop of the restricted linear-attention model on in-context regression, in one kernel."""
+"""looped_linear_attention: all loops of the restricted model of in-context regression in one kernel."""
 
 import math
 from typing import NamedTuple
@@ -43,12 +43,12 @@ def looped_linear_attention(
     d numbers, or as many as there are examples (problem.py). All loops run with it in registers or the nearest
     cache.
 
-    Three forms, equal in real numbers, differ in what they multiply per loop: "factors" S = X^T X / n and A_l
-    (2 d^2), "primal" A^T S (d^2), "dual" X A^T X^T / n (n^2). "auto" counts multiply-adds: one A per loop takes
-    factors; one A for all takes dual where examples are few (n well below d), else primal if loops > d, else factors.
-    Roundings: each loop adds at most one of the size of X^T y / n. With fewer examples than features factors and primal
-    keep those of all loops, dual works them off. Once the loops have converged the gradient of A is near 0; factors then
-    gives more of its digits than the other two, which take it as a difference.
+    Three forms, equal in real numbers, differ in what they multiply per loop: "factors" S = X^T X / n and A_l (2 d^2),
+    "primal" A^T S (d^2), "dual" X A^T X^T / n (n^2). "auto" counts multiply-adds: one A per loop takes factors; one A
+    for all takes dual where examples are few (n well below d), else primal if loops > d, else factors. Roundings: each
+    loop adds at most one of the size of X^T y / n. With fewer examples than features factors and primal keep those of
+    all loops; dual works them off. Once the loops have converged the gradient of A is near 0; factors then gives more
+    of its digits than the other two, which take it as a difference.
 
     Args:
         x: examples, shape [..., n, d], float32/float64/bfloat16/float16. Gets a gradient, like every tensor here.
@@ -58,7 +58,7 @@ def looped_linear_attention(
         step_sizes: e, shape [loops]; None: 1 each.
         every_loop: also return the prediction after each loop.
         form: "auto", "factors", "primal" or "dual".
-        impl: "auto", "cpp", "triton" (CUDA; d, m, in the dual form n up to 32, 1024 loops) or "reference" (plain PyTorch).
+        impl: "auto", "cpp", "triton" (CUDA; d, m, in the dual form n up to 32; 1024 loops) or "reference" (PyTorch).
 
     Returns:
         LoopedAttentionOutput(prediction [...] or [..., m], per_loop [loops, ...] with the last one equal to

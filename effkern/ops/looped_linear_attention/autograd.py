@@ -32,9 +32,7 @@ class LoopedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise NotImplementedError(
-                "looped_linear_attention: create_graph=True is not covered: no second derivative"
-            )
+            raise NotImplementedError("looped_linear_attention: create_graph=True is not covered: no second derivative")
         _, of_x, of_y, of_query, of_a, of_steps = ctx.needs_input_grad
         needs = (of_x or of_y or of_query, of_a, of_steps)
         grads = torch.ops.effkern.looped_attention_bwd(

@@ -9,7 +9,9 @@ from effkern.ops.looped_linear_attention.problem import FORMS, Grads, Needs, Pro
 _library = torch.library.Library("effkern", "FRAGMENT")
 
 # The fields of problem.Problem.
-_PROBLEM = "Tensor x, Tensor y, Tensor query, Tensor preconditioner, Tensor? steps, int loops, bool every_loop, str form"
+_PROBLEM = (
+    "Tensor x, Tensor y, Tensor query, Tensor preconditioner, Tensor? steps, int loops, bool every_loop, str form"
+)
 _library.define(f"looped_attention_fwd({_PROBLEM}, str impl) -> Tensor")
 _library.define(
     f"looped_attention_bwd(Tensor grad, {_PROBLEM}, str impl, bool data, bool of_preconditioner, bool of_steps) -> "

@@ -109,9 +109,7 @@ def backward(p: Problem, grad_LBM: Tensor, needs: Needs) -> Grads:
                 **_flags(p), OF_DATA=needs.data, OF_A=needs.preconditioner, OF_STEPS=needs.steps, **tiles,
                 **segments_of(loops), ROWS=launch.rows, num_warps=launch.warps,
             )  # fmt: skip
-    return Grads(
-        *data, None if grad_a is None else grad_a.sum(0), None if grad_steps is None else grad_steps.sum(0)
-    )
+    return Grads(*data, None if grad_a is None else grad_a.sum(0), None if grad_steps is None else grad_steps.sum(0))
 
 
 def _case(kernel: Any, table: list[Launch], **flags: Any) -> tuple:
@@ -124,9 +122,7 @@ def _case(kernel: Any, table: list[Launch], **flags: Any) -> tuple:
     if kernel is looped_attention_bwd_kernel:
         constants |= {"OF_DATA": True, "OF_A": True, "OF_STEPS": False, **segments_of(sizes["loops"])}
     constants |= {k: v for k, v in flags.items() if k not in sizes}
-    signature = {
-        k: "*fp32" if k.endswith("_ptr") else "i32" for k in kernel.arg_names if k not in constants
-    }
+    signature = {k: "*fp32" if k.endswith("_ptr") else "i32" for k in kernel.arg_names if k not in constants}
     return kernel, signature, constants, launch.warps
 
 

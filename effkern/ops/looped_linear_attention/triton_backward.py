@@ -30,7 +30,9 @@ def with_row(tile, index, row, ROWS: tl.constexpr):
 
 
 @triton.jit
-def data_grads(x_ptr, y_ptr, grad_x_ptr, grad_y_ptr, grad_gram, grad_moment, n, d, DP: tl.constexpr, ROWS: tl.constexpr):
+def data_grads(
+    x_ptr, y_ptr, grad_x_ptr, grad_y_ptr, grad_gram, grad_moment, n, d, DP: tl.constexpr, ROWS: tl.constexpr
+):
     """dX = (X (dS + dS^T) + y db^T) / n and dy = X db / n."""
     features = tl.arange(0, DP)
     both = (grad_gram + tl.trans(grad_gram)) / n
@@ -51,8 +53,10 @@ def looped_attention_bwd_kernel(
     OF_A: tl.constexpr, OF_STEPS: tl.constexpr, DP: tl.constexpr, MP: tl.constexpr, KP: tl.constexpr,
     ROWS: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, LP: tl.constexpr,
 ):  # fmt: skip
-    """grad: of the predictions after the last loop, those before it lie before; grad_a [P, D, D] or, with a matrix per loop, [P, L, D, D], which starts as zeros; grad_steps [P, L]."""
-    features, queries, layers, states_K = tl.arange(0, DP), tl.arange(0, MP), tl.arange(0, LP), tl.arange(0, KP)
+    """grad: of the predictions after the last loop, those before it lie before; grad_a [P, D, D] or, with a matrix per
+    loop, [P, L, D, D], which starts as zeros; grad_steps [P, L]."""
+    features, states_K = tl.arange(0, DP), tl.arange(0, KP)
+    queries, layers = tl.arange(0, MP), tl.arange(0, LP)
     program = tl.program_id(0).to(tl.int64)
     if FREE:
         grad_a_ptr += program * loops * d * d
@@ -90,9 +94,7 @@ def looped_attention_bwd_kernel(
             for i in range(count):
                 befores = with_row(befores, i, state, SEGMENT)
                 residuals = with_row(residuals, i, residual, SEGMENT)
-                state, residual = advance(
-                    g, state, residual, a_ptr, steps_ptr, first + i, d, FORM, FREE, HAS_STEPS, DP
-                )
+                state, residual = advance(g, state, residual, a_ptr, steps_ptr, first + i, d, FORM, FREE, HAS_STEPS, DP)
             for j in range(count):
                 i = count - 1 - j
                 loop = first + i

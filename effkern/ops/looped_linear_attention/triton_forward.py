@@ -14,8 +14,9 @@ def looped_attention_fwd_kernel(
 ):  # fmt: skip
     problem = tl.program_id(0).to(tl.int64)
     g, residual, c = prepare(
-        x_ptr + problem * n * d, y_ptr + problem * n, query_ptr + problem * m * d, a_ptr, n, d, m, FORM, DP, MP, KP, ROWS
-    )
+        x_ptr + problem * n * d, y_ptr + problem * n, query_ptr + problem * m * d, a_ptr, n, d, m, FORM, DP, MP, KP,
+        ROWS,
+    )  # fmt: skip
     queries = tl.arange(0, MP)
     out_ptrs = predictions_ptr + problem * m + queries
     state = tl.zeros([KP], tl.float32)
