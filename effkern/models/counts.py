@@ -25,7 +25,8 @@ def count_parameters(config: DecoderConfig) -> int:
 
 
 def forward_flops(config: DecoderConfig, seq_len: int) -> ForwardFlops:
-    """2 FLOPs per weight of the blocks and the head; causal attention 2 * width * seq_len per block.
+    """2 FLOPs per weight of the blocks, each time it is used, and of the head; causal attention 2 * width * seq_len per
+    application of a block. Looped stages count the loops of the config.
 
     Attention: q k^T and p v are 2 * 2 * width per (query, key) pair, and a query meets (seq_len + 1)/2 keys on average.
     A backward pass costs twice the forward pass.
@@ -34,7 +35,7 @@ def forward_flops(config: DecoderConfig, seq_len: int) -> ForwardFlops:
     applications = stack.applications(config)
     width = config.num_heads * config.head_size
     return ForwardFlops(
-        blocks=2.0 * stack.count(config) / config.num_layers * applications,
+        blocks=2.0 * stack.products(config),
         attention=2.0 * width * (seq_len + 1) * applications,
         head=2.0 * config.padded_vocab * config.hidden_size,
     )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from effkern.data import BatchOrder, PackedDataset, val_batches
-from effkern.models import Decoder, count_parameters
+from effkern.models import Block, Decoder, LoopedStack, count_parameters
 from effkern.train.cached_teacher import CachedTeacher
 from effkern.train.checkpoint import CheckpointError, load_newest, save_checkpoint, set_aside
 from effkern.train.config import TrainConfig
@@ -74,12 +74,14 @@ class Trainer:
                 f"model.vocab_size must be at least {self.dataset.vocab_size} for {config.data.path}, "
                 f"got {config.model.vocab_size}"
             )
+        if config.model.loop.exit_gate:
+            raise ValueError("model.loop.exit_gate must be False, as no loss here trains the gate, got True")
         self.inputs = Inputs.of(self.dataset)
         self.order = BatchOrder(
             self.dataset, seq_len=config.data.seq_len, batch_size=config.data.batch_size, seed=config.data.seed
         )
         self.model = Decoder(config.model, seed=config.run.seed, device=self.device)
-        self.forward = torch.compile(self.model, fullgraph=True) if config.run.compile else self.model
+        self.forward = compiled(self.model) if config.run.compile else self.model
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.state = RunState()
         self.teacher: Decoder | None = None
@@ -188,6 +190,7 @@ class Trainer:
             rate=learning_rate(config.optimizer, config.schedule.steps, step),
             dtype=self.dtype,
             timer=timer,
+            step=step,
         )
         if timer.enabled:
             self.state.timed_s += timer.total
@@ -260,6 +263,17 @@ class Trainer:
 
                 plot_run(records, self.out / "curves.png")
         return result
+
+
+def compiled(model: Decoder) -> Any:
+    """The model's forward pass, compiled: as one graph, or layer by layer where stages loop, so that no number of loops
+    compiles anything."""
+    if not isinstance(model.stack, LoopedStack):
+        return torch.compile(model, fullgraph=True)
+    for module in model.stack.modules():
+        if isinstance(module, Block):
+            module.compile(fullgraph=True)
+    return model
 
 
 def train(config: TrainConfig, *, title: str = "train", quiet: bool = False) -> TrainResult:

@@ -45,7 +45,7 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def train_step(
     model: Decoder,
-    forward: Callable[[Tensor], Tensor],
+    forward: Callable[..., Tensor],
     optimizer: torch.optim.Optimizer,
     tokens: Tensor,
     config: TrainConfig,
@@ -56,12 +56,15 @@ def train_step(
     rate: float,
     dtype: torch.dtype,
     timer: StepTimer,
+    step: int = 0,
 ) -> StepResult:
     """One update from `tokens` [batch, seq_len + 1]; `forward` is `model` or its compiled form.
 
     Every micro-batch divides by the number of supervised tokens of the whole step, so that accumulation gives the
     gradient of the whole batch. The teacher runs only where omega > 0; `labels` are a cache's, in its place.
+    A looped model draws its loops from `step`: the same for all micro-batches, and again after a resume.
     """
+    looped = {"step": step} if model.config.stack == "looped" else {}
     denom = int((tokens[:, 1:] != IGNORE).sum())
     optimizer.zero_grad(set_to_none=True)
     sums = torch.zeros(4, dtype=torch.float64, device=tokens.device)
@@ -76,7 +79,7 @@ def train_step(
             elif omega > 0 and teacher is not None:
                 with timer.measure("teacher"), torch.no_grad():
                     target = TeacherHidden(teacher(inputs).flatten(0, 1), teacher.head_weight)
-            hidden = forward(inputs).flatten(0, 1)
+            hidden = forward(inputs, **looped).flatten(0, 1)
             timer.watch(hidden)
             with timer.measure("loss"):
                 result = linear_distill_loss(
