@@ -147,7 +147,7 @@ class StageCache:
 
     @property
     def layers(self) -> list[LayerCache]:
-        return [layer for group in (*self.slots, *self.rings) for layer in group]
+        return [layer for group in self.slots for layer in group] + [ring for group in self.rings for ring in group]
 
     def views(self, loop: int, start: int, rows: Rows = ALL) -> list[KVSlot]:
         """One slot per layer for the pass that begins at position `start`, in its loop `loop`."""
@@ -162,7 +162,8 @@ class StageCache:
         source = self.slots[self.policy.slot(ran - 1)]
         # Loops take slots in order, so those that no loop has written yet come last.
         written = 1 + max(self.policy.slot(loop) for loop in range(ran))
-        for targets in (*self.slots[written:], *self.rings[ran:]):
+        fresh: list[Sequence[LayerCache]] = [*self.slots[written:], *self.rings[ran:]]
+        for targets in fresh:
             for layer, target in zip(source, targets):
                 key, value = (stored[rows, :, start:stop] for stored in (layer.keys, layer.values))
                 target.write(start, key, value, Rows(rows))

@@ -170,7 +170,7 @@ def test_a_cache_of_another_kind_is_refused():
 
 @pytest.mark.parametrize("text", ["", "all", "cyclic", "cyclic-", "block-x", "window-0", "last-2", "cyclic-0"])
 def test_names_of_policies(text):
-    with pytest.raises(ValueError, match="KVPolicy: (policy must be one of|the size of)"):
+    with pytest.raises(ValueError, match=r"KVPolicy: (policy must be one of|the size of)"):
         KVPolicy.parse(text)
     assert [str(KVPolicy.parse(k.replace("S", "2").replace("R", "2").replace("W", "2"))) for k in KNOWN] == [
         "full", "latest-available", "last", "cyclic-2", "block-2", "window-2",

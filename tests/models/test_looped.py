@@ -311,9 +311,9 @@ def test_config_errors(options, message):
 
 
 def test_errors_of_the_stack():
-    with pytest.raises(ValueError, match="num_layers must be 12, the layers of loop.stages='4x1,4x4,4x1', got 3"):
+    with pytest.raises(ValueError, match=r"num_layers must be 12, the layers of loop\.stages='4x1,4x4,4x1', got 3"):
         replace(BASE, loop=LoopConfig("4x1,4x4,4x1"))
-    with pytest.raises(ValueError, match="loop.stages must be given for stack='looped'"):
+    with pytest.raises(ValueError, match=r"loop\.stages must be given for stack='looped'"):
         replace(BASE, loop=LoopConfig())
     with pytest.raises(ValueError, match="stack must be 'looped' where loop is given, got 'plain'"):
         replace(BASE, stack="plain")
