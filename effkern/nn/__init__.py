@@ -5,6 +5,7 @@ from effkern.nn.laurel import LaurelResidual
 from effkern.nn.looped import (
     ExitDistribution,
     ExitGate,
+    GraphedLoops,
     Implicit,
     LoopedBlock,
     LoopState,
@@ -19,6 +20,7 @@ from effkern.nn.looped import (
 __all__ = [
     "ExitDistribution",
     "ExitGate",
+    "GraphedLoops",
     "Implicit",
     "LaurelResidual",
     "LinearDistillLoss",

@@ -2,12 +2,14 @@
 
 from effkern.nn.looped.block import LoopedBlock, LoopState
 from effkern.nn.looped.gate import ExitDistribution, ExitGate, exit_gate_loss, exit_log_probs, expected_exit_loss
+from effkern.nn.looped.graph import GraphedLoops
 from effkern.nn.looped.modes import Implicit, Truncated
 from effkern.nn.looped.sampling import PoissonLognormalLoops, UniformLoops
 
 __all__ = [
     "ExitDistribution",
     "ExitGate",
+    "GraphedLoops",
     "Implicit",
     "LoopState",
     "LoopedBlock",

@@ -12,7 +12,7 @@ from effkern.nn.looped import modes, parts
 from effkern.nn.looped.body import OP, Body, LoopPart, Plan
 from effkern.nn.looped.engine import Job, run
 from effkern.nn.looped.finite import FiniteFlags
-from effkern.nn.looped.implicit import Solution, fixed_point
+from effkern.nn.looped.implicit import SolverReport, fixed_point
 from effkern.nn.looped.modes import Implicit, Mode, Truncated
 from effkern.nn.looped.sampling import Sampler
 
@@ -163,7 +163,7 @@ class LoopedBlock(nn.Module):
         if norm is True:
             assert dim is not None
             self.norm = parts.LoopNorm(dim, device, dtype)
-        self.last_solution: Solution | None = None
+        self.last_solution: SolverReport | None = None
         """Of the last call with Implicit: evaluations and residual."""
         self._verified: list[bool] = []
 
@@ -277,20 +277,16 @@ class LoopedBlock(nn.Module):
         if isinstance(mode, Implicit):
             body = body._replace(always_state=True)
             job = Job(body, plan, False, False, 0, False, owner, self.main_grad, self._verified)
-            state_L, self.last_solution = fixed_point(job, h, mode)
-            return (state_L,)
-        carry = h if body.carries_state(plan) else body.enter(plan, 0, h)
-        graph = mode == modes.AUTOGRAD
-        if not graph and torch.compiler.is_compiling():
-            graph = True
-        if graph or self._sharded_inside():
-            return _by_autograd(body, plan, carry, mode, all_states)
+            fixed, self.last_solution = fixed_point(job, h, mode)
+            return (fixed,)
         first = count - mode.loops if isinstance(mode, Truncated) else 0
         keep = mode == modes.FULL or (isinstance(mode, Truncated) and not mode.recompute)
         job = Job(
             body, plan, keep, mode == modes.RECOMPUTE_LAYER, first, all_states, owner, self.main_grad, self._verified
         )
-        return run(job, carry)
+        if mode == modes.AUTOGRAD or torch.compiler.is_compiling() or self._sharded_inside():
+            return _by_autograd(job, h, again=not keep and mode != modes.AUTOGRAD)
+        return run(job, h)
 
     def _count(self, loops: int | None, step: int | None) -> int:
         if loops is None:
@@ -394,22 +390,19 @@ class LoopedBlock(nn.Module):
         return f"loops={self.loops}, mode={self.mode!r}"
 
 
-def _by_autograd(body: Body, plan: Plan, carry: Tensor, mode: Mode, all_states: bool) -> tuple[Tensor, ...]:
+def _by_autograd(job: Job, carry: Tensor, again: bool) -> tuple[Tensor, ...]:
     """The loops in torch's own graph; recompute by its checkpoint."""
-    flags, states, total = FiniteFlags(body.check_finite), [], len(plan.loops)
-    first = total - mode.loops if isinstance(mode, Truncated) else 0
-    again = mode in (modes.RECOMPUTE, modes.RECOMPUTE_LAYER) or (isinstance(mode, Truncated) and mode.recompute)
-    layers = mode == modes.RECOMPUTE_LAYER
+    flags, states, total = FiniteFlags(job.body.check_finite), [], len(job.plan.loops)
     for t in range(total):
-        if t < first:
+        if t < job.first:
             with torch.no_grad():
-                state, carry = body.loop(plan, t, carry)
+                state, carry = job.loop(job.plan, t, carry)
         elif again and torch.is_grad_enabled():
-            state, carry = checkpoint(body.loop, plan, t, carry, by_layer=layers, use_reentrant=False)
+            state, carry = checkpoint(job.loop, job.plan, t, carry, job.by_layer, use_reentrant=False)
         else:
-            state, carry = body.loop(plan, t, carry)
+            state, carry = job.loop(job.plan, t, carry)
         flags.add(state)
-        if all_states or t + 1 == total:
+        if job.all_states or t + 1 == total:
             states.append(state)
     flags.check()
     return tuple(states)

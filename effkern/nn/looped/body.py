@@ -64,18 +64,22 @@ class Body(NamedTuple):
             return h
         return loop_step(h, h, **_entering(shared, part)).core_input
 
-    def loop(self, plan: Plan, t: int, carry: Tensor, *, by_layer: bool = False) -> tuple[Tensor, Tensor]:
-        """h_{t+1} and what is carried into loop t + 1; `by_layer`: every layer is checkpointed."""
-        shared, last = plan.shared, t + 1 == len(plan.loops)
+    def loop(
+        self, plan: Plan, t: int, carry: Tensor, *, start: bool = True, stop: bool = True, by_layer: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """h_{t+1} and what is carried into loop t + 1.
+
+        start, stop: what comes in, and what is carried on, is the state in any case. by_layer: layers are checkpointed.
+        """
         whole = self.carries_state(plan)
-        x = self.enter(plan, t, carry) if whole else carry
+        x = self.enter(plan, t, carry) if whole or start else carry
         f = self.apply_core(plan, t, x, by_layer)
-        if self.norm_module is None and not whole and not last:
-            entering = _entering(shared, plan.loops[t + 1])
-            out = loop_step(f, carry, norm=self.norm, eps=self.eps, **self.terms(plan, t), **entering)
+        if self.norm_module is None and not whole and not stop:
+            entering = _entering(plan.shared, plan.loops[t + 1])
+            out = loop_step(f, x, norm=self.norm, eps=self.eps, **self.terms(plan, t), **entering)
             return out.state, out.core_input
         state = self.leave(plan, t, f, carry).state
-        if whole or last:
+        if whole or stop:
             return state, state
         return state, self.enter(plan, t + 1, state)
 

@@ -36,6 +36,11 @@ class Job(NamedTuple):
     verified: list[bool]
     """Not empty: a backward has found nothing captured before."""
 
+    def loop(self, plan: Plan, t: int, carry: Tensor, by_layer: bool = False) -> tuple[Tensor, Tensor]:
+        """The state, and not what was made of it, is where a gradient stops, and where the block begins and ends."""
+        start, stop = t in (0, self.first), t + 1 in (self.first, len(plan.loops))
+        return self.body.loop(plan, t, carry, start=start, stop=stop, by_layer=by_layer)
+
 
 class Leaves:
     """The tensors of a plan that get gradients, each once, by loop."""
@@ -85,10 +90,10 @@ def run(job: Job, carry: Tensor) -> tuple[Tensor, ...]:
     params = [p for p in job.owner.parameters() if p.requires_grad]
     inputs = [carry, *leaves.tensors, *params]
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        return _Loops.apply(job, leaves, len(params), *inputs)
+        return _Loops.apply(job, leaves, *inputs)
     flags, states = FiniteFlags(job.body.check_finite), []
     for t in range(len(job.plan.loops)):
-        state, carry = job.body.loop(job.plan, t, carry)
+        state, carry = job.loop(job.plan, t, carry)
         flags.add(state)
         if job.all_states or t + 1 == len(job.plan.loops):
             states.append(state)
@@ -106,9 +111,9 @@ class Kept(NamedTuple):
 
 class _Loops(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, job: Job, leaves: Leaves, num_params: int, start: Tensor, *tensors: Tensor) -> Any:
+    def forward(ctx: Any, job: Job, leaves: Leaves, start: Tensor, *tensors: Tensor) -> Any:
         body, plan, total = job.body, job.plan, len(job.plan.loops)
-        ctx.job, ctx.leaves, ctx.num_params = job, leaves, num_params
+        ctx.job, ctx.leaves = job, leaves
         ctx.set_materialize_grads(False)
         carry = start
         ctx.autocast = AutocastState(carry.device)
@@ -116,7 +121,7 @@ class _Loops(torch.autograd.Function):
         devices = devices_of([carry, *tensors])
         flags, carries, states, random = FiniteFlags(body.check_finite), [], [], []
         ctx.kept = []
-        wanted = ctx.needs_input_grad[3]
+        wanted = ctx.needs_input_grad[2]
         if job.keep:
             proxies = [x.detach().requires_grad_() for x in leaves.tensors]
             tracked = leaves.replaced(proxies)
@@ -125,7 +130,7 @@ class _Loops(torch.autograd.Function):
             if t >= job.first and job.keep:
                 leaf = carry.detach().requires_grad_(t > job.first or (t == 0 and wanted))
                 with torch.enable_grad():
-                    state, carry = body.loop(tracked, t, leaf)
+                    state, carry = job.loop(tracked, t, leaf)
                 ctx.kept.append(Kept(leaf, state, carry))
                 state, carry = state.detach(), carry.detach()
             else:
@@ -133,7 +138,7 @@ class _Loops(torch.autograd.Function):
                     carries.append(carry)
                     random.append(RandomStates(devices))
                 before, version = carry, carry._version
-                state, carry = body.loop(plan, t, carry)
+                state, carry = job.loop(plan, t, carry)
                 if before._version != version:
                     raise RuntimeError(f"{OP}: core must leave its input as it is, got it changed in place in loop {t}")
             flags.add(state)
@@ -146,7 +151,11 @@ class _Loops(torch.autograd.Function):
             # Casts of weights made here have no graph, and must not be found by whoever reads those weights next.
             torch.clear_autocast_cache()
         ctx.random, ctx.devices = random, devices
-        ctx.save_for_backward(*tensors, *carries)
+        # Parameters by reference: a hook of saved tensors that hands out a copy would cut them off.
+        count = len(leaves.tensors)
+        ctx.params = list(tensors[count:])
+        ctx.versions += [(p, p._version) for p in ctx.params]
+        ctx.save_for_backward(*tensors[:count], *carries)
         # A core may return what it got.
         seen: set[int] = {id(start), *map(id, tensors)}
         outputs = []
@@ -161,13 +170,13 @@ class _Loops(torch.autograd.Function):
             raise NotImplementedError(f'{OP}: create_graph=True is not covered, mode="autograd" is')
         for x, version in ctx.versions:
             if x._version != version:
-                raise RuntimeError(f"{OP}: arguments must stay as they are until backward, got one changed in place")
+                what = "parameters" if isinstance(x, nn.Parameter) else "arguments"
+                raise RuntimeError(f"{OP}: {what} must stay as they are until backward, got one changed in place")
         job: Job = ctx.job
         keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
         saved = ctx.saved_tensors
         count = len(ctx.leaves.tensors)
-        tensors, params = list(saved[:count]), list(saved[count : count + ctx.num_params])
-        carries = saved[count + ctx.num_params :]
+        tensors, params, carries = list(saved[:count]), ctx.params, saved[count:]
         total, by_state = len(job.plan.loops), list(grads)
         if not job.all_states:
             by_state = [None] * (total - 1) + by_state
@@ -179,7 +188,8 @@ class _Loops(torch.autograd.Function):
             tracked = ctx.leaves.replaced(proxies)
         following: Tensor | None = None
         # Entered once, so that weights are cast once.
-        with _random_states_kept(ctx.devices) if ctx.random else nullcontext(), ctx.autocast.again():
+        random = _random_states_kept(ctx.devices) if ctx.random else nullcontext()
+        with random, ctx.autocast.again(), _parameters(job.owner, params):
             for t in reversed(range(job.first, total)):
                 if following is None and by_state[t] is None:
                     continue
@@ -190,17 +200,17 @@ class _Loops(torch.autograd.Function):
                         ctx.kept[i] = None
                 else:
                     assert tracked is not None
-                    wanted = t > job.first or (t == 0 and ctx.needs_input_grad[3])
+                    wanted = t > job.first or (t == 0 and ctx.needs_input_grad[2])
                     leaf = carries[i].detach().requires_grad_(wanted)
                     if ctx.random:
                         ctx.random[i].restore()
-                    with torch.enable_grad(), _parameters(job.owner, params):
-                        kept = Kept(leaf, *job.body.loop(tracked, t, leaf, by_layer=job.by_layer))
+                    with torch.enable_grad():
+                        kept = Kept(leaf, *job.loop(tracked, t, leaf, job.by_layer))
                 places = ctx.leaves.of_loop(t, 2)
                 with ctx.autocast.off():
                     following = _through(job, kept, by_state[t], following, proxies, places, params, sums, keep_graph)
                 del kept
-        return (None, None, None, following if ctx.needs_input_grad[3] else None, *sums.results(tensors, params))
+        return (None, None, following if ctx.needs_input_grad[2] else None, *sums.results(tensors, params))
 
 
 def _through(

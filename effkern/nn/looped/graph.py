@@ -93,7 +93,10 @@ class GraphedLoops(nn.Module):
         recorded.check_in_place()
         shared, rows = layout.tensors(plan)
         flat_rows = [x for row in rows for x in row]
-        return _Replays.apply(recorded, count, len(shared), start, *shared, *flat_rows, *recorded.params)
+        graph = torch.is_grad_enabled()
+        # Without a graph nothing is kept.
+        where = (recorded, count, len(shared), torch.is_grad_enabled())
+        return _Replays.apply(*where, start, *shared, *flat_rows, *recorded.params)
 
 
 class _Layout(NamedTuple):
@@ -194,11 +197,13 @@ class _Recorded:
 
 class _Replays(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recorded: _Recorded, loops: int, num_shared: int, start: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, recorded: _Recorded, loops: int, num_shared: int, graph: bool, start: Tensor, *tensors: Tensor
+    ) -> Tensor:
         ctx.recorded, ctx.loops, ctx.num_shared = recorded, loops, num_shared
         width, own = len(recorded.row), tensors[: len(tensors) - len(recorded.params)]
         shared, rows = own[:num_shared], own[num_shared:]
-        needed = any(ctx.needs_input_grad)
+        needed = graph and any(ctx.needs_input_grad)
         flags, carries = FiniteFlags(recorded.body.check_finite), []
         _copy(recorded.shared, shared)
         recorded.state.copy_(start)
@@ -241,7 +246,7 @@ class _Replays(torch.autograd.Function):
             if recorded.block.main_grad:
                 _add_main_grad(p, total)
             flat.append(None if recorded.block.main_grad else total.to(p.dtype, copy=True))
-        return (None, None, None, recorded.grad.clone() if ctx.needs_input_grad[3] else None, *flat)
+        return (None, None, None, None, recorded.grad.clone() if ctx.needs_input_grad[4] else None, *flat)
 
 
 def _spread(tensors: list[Tensor], grads: list[Tensor]) -> list[Tensor | None]:

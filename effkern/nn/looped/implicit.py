@@ -19,17 +19,23 @@ from effkern.nn.looped.replay import AutocastState, RandomStates, devices_of
 Map = Callable[[Tensor], Tensor]
 
 
-class Solution(NamedTuple):
-    """Where a solver stopped."""
+class SolverReport(NamedTuple):
+    """How far a solver came."""
 
-    state: Tensor
     steps: int
     """Evaluations of F."""
     residual: Tensor
     """||F(h) - h|| / ||F(h)|| of the last one, the largest of all rows; 0-d."""
 
 
-def fixed_point(job: Job, start: Tensor, how: Implicit) -> tuple[Tensor, Solution]:
+class Solution(NamedTuple):
+    """Where a solver stopped."""
+
+    state: Tensor
+    report: SolverReport
+
+
+def fixed_point(job: Job, start: Tensor, how: Implicit) -> tuple[Tensor, SolverReport]:
     """One loop, with gradient, from the fixed point that was solved for without one."""
     body, plan = job.body, job.plan
     with torch.no_grad():
@@ -51,7 +57,7 @@ def fixed_point(job: Job, start: Tensor, how: Implicit) -> tuple[Tensor, Solutio
     (state,) = run(job, solution.state)
     if how.backward == "adjoint" and state.requires_grad:
         state = _Adjoint.apply(state, solution.state, body, plan, how, autocast)
-    return state, solution
+    return state, solution.report
 
 
 class _Adjoint(torch.autograd.Function):
@@ -101,7 +107,7 @@ def _iterate(f: Map, h: Tensor, steps: int, tol: float) -> Solution:
         h = new
         if tol > 0 and bool(residual <= tol):
             break
-    return Solution(h, step, residual)
+    return Solution(h, SolverReport(step, residual))
 
 
 def _anderson(f: Map, start: Tensor, steps: int, tol: float, memory: int, ridge: float) -> Solution:
@@ -119,9 +125,9 @@ def _anderson(f: Map, start: Tensor, steps: int, tol: float, memory: int, ridge:
         residual = _residual(gap_BN, value_BN)
         if step == steps or (tol > 0 and bool(residual <= tol)):
             break
-        values, gaps = [*values[1 - memory :], value_BN] if memory > 1 else [value_BN], [*gaps[1 - memory :], gap_BN] if memory > 1 else [gap_BN]  # fmt: skip
+        values, gaps = [*values, value_BN][-memory:], [*gaps, gap_BN][-memory:]
         h = _mixed(values, gaps, ridge).to(start.dtype).view_as(start)
-    return Solution(new, step, residual)
+    return Solution(new, SolverReport(step, residual))
 
 
 def _mixed(values: list[Tensor], gaps: list[Tensor], ridge: float) -> Tensor:
