@@ -130,7 +130,7 @@ class _Run:
     def _rows(self, looping: Tensor, batch: int) -> Rows:
         if len(looping) == batch:
             return ALL
-        return Rows(compute=looping) if self.compact else Rows(write=looping)
+        return Rows.of(looping) if self.compact else Rows(write=looping)
 
     def _behind(self, state: Tensor, rows: Rows) -> Tensor:
         """The stream after the layers behind this stage. They store their keys again after every loop."""

@@ -152,10 +152,11 @@ def test_every_mode_has_the_gradient_of_autograd(config):
             torch.testing.assert_close(grads[name], grad, rtol=1e-8, atol=1e-8, msg=name)
 
 
-def test_truncation_is_a_detached_state():
+@pytest.mark.parametrize("injection", ["none", "add", "linear", "gate"])
+def test_truncation_is_a_detached_state(injection):
     """Gradients of the last two of four loops, as if h_2 came from nowhere."""
-    full = noisy(looped("1x1,2x4,1x1", injection="linear")).train()
-    model = noisy(looped("1x1,2x4,1x1", injection="linear", mode="truncated", gradient_loops=2)).train()
+    full = noisy(looped("1x1,2x4,1x1", injection=injection)).train()
+    model = noisy(looped("1x1,2x4,1x1", injection=injection, mode="truncated", gradient_loops=2)).train()
     tokens = torch.randint(0, 37, (2, 7))
     found, grads = gradients(model, tokens)
     block = full.stack.stages[1].block
