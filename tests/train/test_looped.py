@@ -205,7 +205,14 @@ def test_activation_formula_is_what_is_kept(mode, kept, again):
     """`kept` blocks between forward and backward, which a backward pass adds `again` to, beside the loops' inputs."""
     loop = LoopConfig("1x1,2x16,1x1", mode=mode)
     config = DecoderConfig(
-        vocab_size=64, hidden_size=64, num_layers=4, num_heads=4, num_kv_heads=2, mlp_size=160, stack="looped", loop=loop
+        vocab_size=64,
+        hidden_size=64,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        mlp_size=160,
+        stack="looped",
+        loop=loop,
     )
     model, storages = Decoder(config).train(), {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
