@@ -93,7 +93,7 @@ class _Run:
     def __init__(self, model: Decoder, cache: KVCache, index: int, rope: Rope, start: int, compact: bool) -> None:
         self.model, self.cache, self.rope, self.start, self.compact = model, cache, rope, start, compact
         self.index, self.slots = index, cache.stages[index]
-        self.stage: LoopedStage = model.stack.stages[index]  # type: ignore[union-attr,assignment,index]
+        self.stage: LoopedStage = model.stack.stages[index]
         self.reads_logits = False
 
     def __call__(self, stream: Tensor, test: ExitTest) -> tuple[Tensor, Tensor]:
@@ -130,11 +130,11 @@ class _Run:
     def _rows(self, looping: Tensor, batch: int) -> Rows:
         if len(looping) == batch:
             return ALL
-        return Rows(compute=looping) if self.compact else Rows(write=looping)
+        return Rows.of(looping) if self.compact else Rows(write=looping)
 
     def _behind(self, state: Tensor, rows: Rows) -> Tensor:
         """The stream after the layers behind this stage. They store their keys again after every loop."""
-        for i, stage in enumerate(self.model.stack.stages):  # type: ignore[arg-type]
+        for i, stage in enumerate(self.model.stack.stages):
             if i > self.index:
                 assert isinstance(stage, PlainStage)
                 state = stage(state, self.rope, self.cache.stages[i], self.start, rows)

@@ -32,13 +32,17 @@ class Attention(nn.Module):
         heads = self.qkv(x_BTE).view(batch, length, -1, self.head_dim).transpose(1, 2)
         turned, value = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         query, key = apply_rope(turned, rope).split((self.heads, self.kv_heads), dim=1)
-        mask, causal = None, True
+        mask, causal, rows = None, True, None
         if cache is not None:
-            key, value, past = cache.extend(key, value)
+            key, value, past, rows = cache.extend(key, value)
             causal = past == 0
+            if rows is not None:
+                query = query.new_zeros(len(key), *query.shape[1:]).index_copy_(0, rows, query)
             if not causal and length > 1:
                 mask = torch.ones(length, past + length, dtype=torch.bool, device=x_BTE.device).tril(past)
         mixed_BHTD = nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=self.heads != self.kv_heads
         )
+        if rows is not None:
+            mixed_BHTD = mixed_BHTD[rows]
         return self.out(mixed_BHTD.transpose(1, 2).reshape(batch, length, -1))

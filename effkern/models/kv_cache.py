@@ -21,9 +21,20 @@ class Rows(NamedTuple):
     """Those that the new keys belong to, int64 [R]."""
     write: Tensor | None = None
     """Positions in `compute` whose keys are kept, where not all are: the others have exited."""
+    span: tuple[int, int] | None = None
+    """The first and one past the last of `compute`, on the host."""
+
+    @staticmethod
+    def of(compute: Tensor) -> "Rows":
+        """The rows `compute`, ascending and at least one. Waits for the device."""
+        first, last = compute[[0, -1]].tolist()
+        return Rows(compute, span=(first, last + 1))
 
 
 ALL = Rows()
+
+# Attention over rows that have left reads their keys once; taking the others out reads, writes and reads again.
+_GATHER = 3
 
 
 class Extended(NamedTuple):
@@ -33,6 +44,8 @@ class Extended(NamedTuple):
     values: Tensor
     past: int
     """How many of them come from earlier passes; all of those are visible."""
+    rows: Tensor | None = None
+    """Not None: the keys are of more sequences than the queries, which are numbers `rows` of them."""
 
 
 class KVSlot(Protocol):
@@ -43,11 +56,10 @@ class KVSlot(Protocol):
 
 
 class LayerCache:
-    """Keys and values of one slot, preallocated for `shape[2]` positions."""
+    """Keys and values of one slot: [B, K, positions, D]."""
 
-    def __init__(self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> None:
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
 
     @property
     def nbytes(self) -> int:
@@ -70,12 +82,10 @@ class LayerCache:
 
 
 class Ring(LayerCache):
-    """Keys and values of the last `shape[2]` positions, in any order: attention does not look at it."""
+    """Keys and values of the last positions, in any order: attention does not look at it."""
 
     def write(self, start: int, key: Tensor, value: Tensor, rows: Rows) -> None:
-        size, stop = self.keys.shape[2], start + key.shape[2]
-        first = max(start, stop - size)
-        places = torch.arange(first, stop, device=key.device) % size
+        first, places = _places(self.keys.shape[2], start, start + key.shape[2], key.device)
         for stored, new in ((self.keys, key), (self.values, value)):
             where, new = _kept(rows, new[:, :, first - start :])
             if where is None:
@@ -84,8 +94,15 @@ class Ring(LayerCache):
                 stored[where[:, None], :, places] = new.transpose(1, 2).to(stored.dtype)
 
 
+def _places(size: int, start: int, stop: int, device: torch.device) -> tuple[int, Tensor]:
+    """Of positions start ... stop - 1 the first that a ring of `size` keeps, and where those from it on go."""
+    first = max(start, stop - size)
+    return first, torch.arange(first, stop, device=device) % size
+
+
 def _kept(rows: Rows, new: Tensor) -> tuple[Tensor | None, Tensor]:
-    """The rows of the batch to write, and what."""
+    """The rows of the batch to write, and what. Earlier passes are constants to autograd."""
+    new = new.detach()
     if rows.write is None:
         return rows.compute, new
     return (rows.write if rows.compute is None else rows.compute[rows.write]), new[rows.write]
@@ -99,10 +116,17 @@ class _Full:
 
     def extend(self, key: Tensor, value: Tensor) -> Extended:
         self.layer.write(self.start, key, value, self.rows)
-        if self.start == 0 or self.rows.write is not None:
-            # Behind an empty past the new keys are all there are; and a row that has exited keeps its old ones.
+        if self.start == 0 or self.rows.write is not None or key.requires_grad:
+            # Behind an empty past the new keys are all there are; a row that has exited keeps its old ones; and
+            # gradients go through the new ones alone.
             return _behind(self.layer.read(self.start, self.rows), key, value, self.start)
-        return Extended(*self.layer.read(self.start + key.shape[2], self.rows), self.start)
+        stop, rows = self.start + key.shape[2], self.rows
+        if rows.compute is not None and rows.span is not None and key.shape[2] == 1:
+            first, end = rows.span
+            if end - first < _GATHER * len(rows.compute):
+                keys, values = (x[first:end, :, :stop] for x in (self.layer.keys, self.layer.values))
+                return Extended(keys, values, self.start, rows.compute - first)
+        return Extended(*self.layer.read(stop, rows), self.start)
 
 
 class _Window:
@@ -136,18 +160,18 @@ class StageCache:
     ) -> None:
         self.stage, self.policy = stage, policy
         batch, heads, _, width = shape
-        ring = (batch, heads, policy.size, width)
-        self.slots = [
-            [LayerCache(shape, device, dtype) for _ in range(stage.layers)]
-            for _ in range(policy.num_slots(stage.loops))
-        ]
-        self.rings = [
-            [Ring(ring, device, dtype) for _ in range(stage.layers)] for _ in range(policy.num_rings(stage.loops))
-        ]
+        make = {"device": device, "dtype": dtype}
+        # Keys and values, [slot, layer, B, K, positions, D].
+        self._full = [torch.zeros(policy.num_slots(stage.loops), stage.layers, *shape, **make) for _ in range(2)]
+        ring = (policy.num_rings(stage.loops), stage.layers, batch, heads, policy.size, width)
+        self._near = [torch.zeros(ring, **make) for _ in range(2)]
+        layers = range(stage.layers)
+        self.slots = [[LayerCache(*(x[s, i] for x in self._full)) for i in layers] for s in range(len(self._full[0]))]
+        self.rings = [[Ring(*(x[s, i] for x in self._near)) for i in layers] for s in range(len(self._near[0]))]
 
     @property
     def layers(self) -> list[LayerCache]:
-        return [layer for group in (*self.slots, *self.rings) for layer in group]
+        return [layer for group in self.slots for layer in group] + [ring for group in self.rings for ring in group]
 
     def views(self, loop: int, start: int, rows: Rows = ALL) -> list[KVSlot]:
         """One slot per layer for the pass that begins at position `start`, in its loop `loop`."""
@@ -159,13 +183,19 @@ class StageCache:
 
     def fill(self, ran: int, start: int, stop: int, rows: Tensor) -> None:
         """Positions start ... stop - 1 of `rows` have exited after `ran` loops: later loops find their last one."""
-        source = self.slots[self.policy.slot(ran - 1)]
+        source = self.policy.slot(ran - 1)
         # Loops take slots in order, so those that no loop has written yet come last.
         written = 1 + max(self.policy.slot(loop) for loop in range(ran))
-        for targets in (*self.slots[written:], *self.rings[ran:]):
-            for layer, target in zip(source, targets):
-                key, value = (stored[rows, :, start:stop] for stored in (layer.keys, layer.values))
-                target.write(start, key, value, Rows(rows))
+        for full, near in zip(self._full, self._near):
+            # [layer, R, K, T, D]
+            last = full[source][:, rows, :, start:stop]
+            if written < len(full):
+                full[written:, :, rows, :, start:stop] = last
+            if ran < len(near):
+                first, places = _places(near.shape[4], start, stop, rows.device)
+                # [R, T, 1, layer, K, D], which is the order of the indexed side.
+                new = last[:, :, :, first - start :].permute(1, 3, 0, 2, 4)[:, :, None]
+                near[ran:, :, rows[:, None], :, places] = new
 
 
 class KVCache:

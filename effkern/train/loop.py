@@ -12,6 +12,7 @@ import torch
 
 from effkern.data import BatchOrder, PackedDataset, val_batches
 from effkern.models import Block, Decoder, LoopedStack, count_parameters
+from effkern.models.layers import generator_for
 from effkern.train.cached_teacher import CachedTeacher
 from effkern.train.checkpoint import CheckpointError, load_newest, save_checkpoint, set_aside
 from effkern.train.config import TrainConfig
@@ -178,6 +179,9 @@ class Trainer:
         if self.cached is not None and omega > 0:
             with timer.measure("teacher"):
                 labels = self.cached.labels(step)
+        if config.model.loop.init == "noise":
+            # The only draws that use the default generators.
+            torch.manual_seed(generator_for(config.run.seed, f"step {step}").initial_seed())
         result = train_step(
             self.model,
             self.forward,

@@ -122,7 +122,7 @@ class SlowDecoder:
         for n, position in enumerate(self.now):
             for g in range(c.num_kv_heads):
                 key = self.rotate(heads[c.num_heads + g][n], position)
-                self.store[*place, g, position] = key, heads[c.num_heads + c.num_kv_heads + g][n]
+                self.store[(*place, g, position)] = key, heads[c.num_heads + c.num_kv_heads + g][n]
         for n, position in enumerate(self.now):
             mixed = []
             for head in range(c.num_heads):

@@ -214,7 +214,7 @@ def test_errors_of_generation():
         generate(model, prompt, 2, exit="kl", kv_policy="full")
     with pytest.raises(ValueError, match="use_cache must be True for exit and kv_policy, got False"):
         generate(model, prompt, 2, exit="kl", use_cache=False)
-    with pytest.raises(ValueError, match="test must not read a gate in a decoder without loop.exit_gate"):
+    with pytest.raises(ValueError, match=r"test must not read a gate in a decoder without loop\.exit_gate"):
         generate(noisy(looped()), prompt, 2, exit="gate-cdf")
     with pytest.raises(ValueError, match="with several looped stages, got KL, which reads logits"):
         generate(noisy(looped("1x2,1x2")), prompt, 2, exit="kl")

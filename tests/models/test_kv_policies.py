@@ -108,6 +108,20 @@ def test_generation_with_a_full_cache_is_full_recomputation(glue, temperature):
         torch.testing.assert_close(torch.cat(steps, 1), model(cached), rtol=1e-9, atol=1e-9)
 
 
+def test_gradients_on_top_of_a_cache():
+    """Those of the new positions: what an earlier pass has stored is constant."""
+    model, tokens = noisy(looped(injection="add")), torch.randint(0, 37, (1, 7))
+    cache, slow = model.new_cache(1, 7, "last"), SlowDecoder(model, KVPolicy("last"))
+    with torch.no_grad():
+        model(tokens[:, :4], cache)
+        slow.run(tokens[0, :4].tolist())
+    parameters = list(model.parameters())
+    found = torch.autograd.grad(model(tokens[:, 4:], cache).sin().sum(), parameters)
+    want = torch.autograd.grad(slow.run(tokens[0, 4:].tolist()).sin().sum(), parameters)
+    for a, b in zip(found, want):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
 @pytest.mark.parametrize("loops", [1, 2, 7])
 def test_other_numbers_of_loops(loops):
     model, tokens = noisy(looped(injection="add")), torch.randint(0, 37, (2, 5))
@@ -170,7 +184,7 @@ def test_a_cache_of_another_kind_is_refused():
 
 @pytest.mark.parametrize("text", ["", "all", "cyclic", "cyclic-", "block-x", "window-0", "last-2", "cyclic-0"])
 def test_names_of_policies(text):
-    with pytest.raises(ValueError, match="KVPolicy: (policy must be one of|the size of)"):
+    with pytest.raises(ValueError, match=r"KVPolicy: (policy must be one of|the size of)"):
         KVPolicy.parse(text)
     assert [str(KVPolicy.parse(k.replace("S", "2").replace("R", "2").replace("W", "2"))) for k in KNOWN] == [
         "full", "latest-available", "last", "cyclic-2", "block-2", "window-2",

@@ -152,10 +152,11 @@ def test_every_mode_has_the_gradient_of_autograd(config):
             torch.testing.assert_close(grads[name], grad, rtol=1e-8, atol=1e-8, msg=name)
 
 
-def test_truncation_is_a_detached_state():
+@pytest.mark.parametrize("injection", ["none", "add", "linear", "gate"])
+def test_truncation_is_a_detached_state(injection):
     """Gradients of the last two of four loops, as if h_2 came from nowhere."""
-    full = noisy(looped("1x1,2x4,1x1", injection="linear")).train()
-    model = noisy(looped("1x1,2x4,1x1", injection="linear", mode="truncated", gradient_loops=2)).train()
+    full = noisy(looped("1x1,2x4,1x1", injection=injection)).train()
+    model = noisy(looped("1x1,2x4,1x1", injection=injection, mode="truncated", gradient_loops=2)).train()
     tokens = torch.randint(0, 37, (2, 7))
     found, grads = gradients(model, tokens)
     block = full.stack.stages[1].block
@@ -311,9 +312,9 @@ def test_config_errors(options, message):
 
 
 def test_errors_of_the_stack():
-    with pytest.raises(ValueError, match="num_layers must be 12, the layers of loop.stages='4x1,4x4,4x1', got 3"):
+    with pytest.raises(ValueError, match=r"num_layers must be 12, the layers of loop\.stages='4x1,4x4,4x1', got 3"):
         replace(BASE, loop=LoopConfig("4x1,4x4,4x1"))
-    with pytest.raises(ValueError, match="loop.stages must be given for stack='looped'"):
+    with pytest.raises(ValueError, match=r"loop\.stages must be given for stack='looped'"):
         replace(BASE, loop=LoopConfig())
     with pytest.raises(ValueError, match="stack must be 'looped' where loop is given, got 'plain'"):
         replace(BASE, stack="plain")

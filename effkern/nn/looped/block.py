@@ -267,12 +267,7 @@ class LoopedBlock(nn.Module):
             count = self._count(loops, step)
         if isinstance(mode, Truncated) and mode.loops > count:
             raise ValueError(f"{OP}: Truncated.loops must be at most the loops of the call, {count}, got {mode.loops}")
-        if (
-            loops is None
-            and self.training
-            and isinstance(self.loops, Sampler)
-            and mode in (modes.FULL, modes.RECOMPUTE)
-        ):
+        if loops is None and self.training and isinstance(self.loops, Sampler) and mode in (modes.FULL, modes.RECOMPUTE):
             if self.loops.with_gradient is not None:
                 mode = Truncated(min(self.loops.with_gradient, count), recompute=mode == modes.RECOMPUTE)
         h = self._first_state(x, state)
