@@ -131,12 +131,12 @@ def backward(
         of_down = of_up = None
         if products:
             of_down, of_up = _products(_rows(g, dim), h, own, down, up, grads[_H], by_beta, asked)
-    total = sums.sum(0, dtype=torch.float64).float().split(widths)
+    # Results of an operator share no memory.
+    total = torch.ops.aten.split_with_sizes_copy(sums.sum(0, dtype=torch.float64).float(), widths)
     small = dict(zip(sum_kinds, total))
-    empty = sums.new_empty(0)
+    of_down, of_up = (sums.new_empty(0) if t is None else t for t in (of_down, of_up))
     return (
-        *grads, *(small[i] for i in slots), empty if of_down is None else of_down, empty if of_up is None else of_up,
-        small[_WEIGHT], small[_EMBEDDING],
+        *grads, *(small[i] for i in slots), of_down, of_up, small[_WEIGHT], small[_EMBEDDING],
     )  # fmt: skip
 
 
