@@ -91,8 +91,13 @@ def speed_steps() -> list[Step]:
     found.append(Step("token_stats", command, 30, lines=True))
     for options in LAUREL:
         command = [PYTHON, "-m", "benchmarks.ops.laurel_gpu", "--rounds=5", "--json", *options.split()]
-        found.append(Step(f"laurel {options}", command, 40, lines=True))
-    found.append(Step("label_rank", [PYTHON, "-m", "benchmarks.ops.label_rank", "--json"], 30, lines=True))
+        found.append(Step(f"laurel {options}", command, 35, lines=True))
+    options = "--forms=glue --dims=2048 --rows=8192 --dtypes=bfloat16 --rounds=5 --json"
+    found.append(Step("loop_step", [PYTHON, "-m", "benchmarks.ops.loop_step", *options.split()], 20, lines=True))
+    options = "--dims=2048 --layers=12 --block=4 --dtypes=bfloat16 --json"
+    command = [PYTHON, "-m", "benchmarks.ops.loop_similarity", *options.split()]
+    found.append(Step("loop_similarity", command, 20, lines=True))
+    found.append(Step("label_rank", [PYTHON, "-m", "benchmarks.ops.label_rank", "--json"], 15, lines=True))
     return found
 
 
