@@ -221,6 +221,21 @@ def test_hooks_of_a_parameter_fire_once(mode):
     assert fired == {id(p): 1 for p in block.parameters()}
 
 
+@pytest.mark.parametrize("mode", [*OURS, "autograd"], ids=str)
+def test_a_tensor_hook_sees_the_whole_gradient_once(mode):
+    """One that changes the gradient changes it once, and is there for the next call."""
+    block, x = stack(torch.float64), torch.randn(7, DIM, dtype=torch.float64)
+    weight, seen = block.core[1].linear.weight, []
+    (want,) = torch.autograd.grad(by_hand(block, x, LOOPS)[-1].sum(), weight)
+    weight.register_hook(lambda grad: seen.append(grad) or 2 * grad)
+    for count in (1, 2):
+        block.zero_grad()
+        block(x, mode=mode).sum().backward()
+        assert len(seen) == count
+        assert rel_err(seen[-1], want) < 1e-12
+        assert rel_err(weight.grad, 2 * want) < 1e-12
+
+
 @pytest.mark.parametrize("mode", OURS, ids=str)
 def test_frozen_parameters(mode):
     block, x = stack(torch.float64), torch.randn(7, DIM, dtype=torch.float64)
