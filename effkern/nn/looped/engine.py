@@ -259,6 +259,7 @@ class Sums:
         self.totals: list[Tensor | None] = [None] * (count + len(params))
         # Whether the total is ours to write into; the first gradient may be shared with others.
         self.ours = [False] * len(self.totals)
+        self.stubs: dict[int, Tensor] = {}
         if main_grad:
             for i, p in enumerate(params, count):
                 if getattr(p, "main_grad", None) is None:
@@ -278,7 +279,10 @@ class Sums:
     def take(self, place: int, grad: Tensor) -> Tensor:
         """Adds, and hands on something of no size instead, so that the gradient's memory is free for the next one."""
         self.add(place, grad)
-        return grad.new_zeros(()).expand_as(grad)
+        stub = self.stubs.get(place)
+        if stub is None:
+            stub = self.stubs[place] = grad.new_zeros(()).expand_as(grad)
+        return stub
 
     @contextmanager
     def of_parameters(self) -> Iterator[None]:
