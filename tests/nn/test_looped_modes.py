@@ -1,4 +1,4 @@
-"""How LoopedBlock executes: same bits, what is kept, random states, autocast, float32 sums, hooks, odd uses of a graph."""
+"""How LoopedBlock executes: same bits, memory, random states, autocast, float32 sums, hooks, odd uses of a graph."""
 
 import copy
 
@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from effkern.nn import LoopedBlock, Truncated
 from tests.nn.looped_cases import DIM, AliveBytes, Layer, by_hand, randomize
-from tests.numerics import rel_err
+from tests.numerics import assert_as_good_as_eager, rel_err
 
 LOOPS = 4
 OURS = ["full", "recompute", "recompute_layer", Truncated(LOOPS), Truncated(LOOPS, recompute=False)]
@@ -33,7 +33,9 @@ def results(block, x, mode, seed=None, dtype=None, **options):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"injection": "gate", "norm": True}, {"residual": "laurel", "rank": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"injection": "gate", "norm": True}, {"residual": "laurel", "rank": 2}], ids=str
+)
 def test_recompute_is_full_storage_bit_for_bit(options, dtype, autocast, dropout):
     """The same kernels on the same numbers, dropout masks included; layers that are run twice as well."""
     block, x = stack(dtype, dropout=dropout, **options), torch.randn(7, DIM, dtype=dtype)
@@ -41,10 +43,11 @@ def test_recompute_is_full_storage_bit_for_bit(options, dtype, autocast, dropout
     for mode in OURS[1:]:
         again = results(block, x, mode, 1, autocast)
         assert all(torch.equal(a, b) for a, b in zip(full, again, strict=True)), mode
-    plain = results(block, x, "autograd", 1, autocast)
-    assert torch.equal(full[0], plain[0])
-    wide = 1e-5 if dtype == torch.float32 and autocast is None else 2e-2
-    assert all(rel_err(a, b.double()) < wide for a, b in zip(full, plain))
+    if dropout == 0:
+        truth = results(copy.deepcopy(block).double(), x.double(), "autograd")
+        for fast, eager, want in zip(full, results(block, x, "autograd", 1, autocast), truth):
+            # The roundings of a few small products, by luck fewer in one of them.
+            assert_as_good_as_eager(fast, eager, want.double(), factor=3.0, ulps=4.0)
 
 
 @pytest.mark.parametrize("mode", [*OURS, "autograd"], ids=str)
@@ -88,6 +91,7 @@ def test_truncated_runs_the_last_loops_again_only():
 
 def peak(block, x, **options):
     """Bytes of the forward and backward pass at their peak, gradients of leaves not counted."""
+
     def step():
         y = block(x, **options)
         y.backward(torch.ones_like(y))
@@ -173,7 +177,7 @@ def test_error_of_a_shared_gradient_does_not_grow_with_the_loops(mode):
             block.core.weight.grad = None
             y.backward(cotangents[0])
             found.append(rel_err(block.core.weight.grad, truth))
-    # One rounding of the sum and one of each addend, whatever L is: 2^-9 / sqrt(3) each, and that of the addends averages.
+    # One rounding of the sum and one of each addend, whatever L is, and those of the addends average.
     assert max(errors) < 0.0030
     assert max(errors) < 1.25 * min(errors)
     assert plain[-1] > 2 * errors[-1]
@@ -202,7 +206,9 @@ def test_main_grad(mode):
     assert block.norm.weight.grad is not None
     narrow = stack(torch.bfloat16, main_grad=True)
     narrow.core.load_state_dict(block.core.state_dict())
-    assert not torch.equal(block.core[0].linear.weight.main_grad, block.core[0].linear.weight.main_grad.bfloat16().float())
+    assert not torch.equal(
+        block.core[0].linear.weight.main_grad, block.core[0].linear.weight.main_grad.bfloat16().float()
+    )
 
 
 @pytest.mark.parametrize("mode", OURS, ids=str)
@@ -213,6 +219,21 @@ def test_hooks_of_a_parameter_fire_once(mode):
         p.register_post_accumulate_grad_hook(lambda p: fired.update({id(p): fired.get(id(p), 0) + 1}))
     block(x, mode=mode).sum().backward()
     assert fired == {id(p): 1 for p in block.parameters()}
+
+
+@pytest.mark.parametrize("mode", [*OURS, "autograd"], ids=str)
+def test_a_tensor_hook_sees_the_whole_gradient_once(mode):
+    """One that changes the gradient changes it once, and is there for the next call."""
+    block, x = stack(torch.float64), torch.randn(7, DIM, dtype=torch.float64)
+    weight, seen = block.core[1].linear.weight, []
+    (want,) = torch.autograd.grad(by_hand(block, x, LOOPS)[-1].sum(), weight)
+    weight.register_hook(lambda grad: seen.append(grad) or 2 * grad)
+    for count in (1, 2):
+        block.zero_grad()
+        block(x, mode=mode).sum().backward()
+        assert len(seen) == count
+        assert rel_err(seen[-1], want) < 1e-12
+        assert rel_err(weight.grad, 2 * want) < 1e-12
 
 
 @pytest.mark.parametrize("mode", OURS, ids=str)
@@ -292,6 +313,10 @@ def test_a_second_derivative_is_refused(mode):
 
 
 def test_second_derivatives_by_autograd():
+    block = stack(torch.float32, injection="gate", norm=True, residual="laurel", rank=2)
+    x = torch.randn(2, DIM, requires_grad=True)
+    (first,) = torch.autograd.grad(block(x, mode="autograd").sin().sum(), x, create_graph=True)
+    assert torch.autograd.grad(first.square().sum(), list(block.core.parameters()))[0].abs().sum() > 0
     block = stack(torch.float64, injection="add")
     x = torch.randn(2, DIM, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: block(x, mode="autograd"), x)

@@ -7,6 +7,7 @@ hooks it has fire once.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -170,6 +171,8 @@ class _Loops(torch.autograd.Function):
         for state in states:
             outputs.append(state.view_as(state) if id(state) in seen else state)
             seen.add(id(state))
+        if job.all_states:
+            ctx.mark_non_differentiable(*outputs[: job.first])
         return tuple(outputs)
 
     @staticmethod
@@ -187,7 +190,7 @@ class _Loops(torch.autograd.Function):
         tensors, params, carries = list(saved[:count]), ctx.params, saved[count:]
         total, by_state = len(job.plan.loops), list(grads)
         if not job.all_states:
-            by_state = [None] * (total - 1) + by_state
+            by_state[:0] = [None] * (total - 1)
         sums = Sums(count, params, job.main_grad)
         if job.keep:
             proxies, tracked = ctx.proxies, None
@@ -197,7 +200,7 @@ class _Loops(torch.autograd.Function):
         following: Tensor | None = None
         # Entered once, so that weights are cast once.
         random = _random_states_kept(ctx.devices) if ctx.random else nullcontext()
-        with random, ctx.autocast.again(), _parameters(job.owner, params):
+        with random, ctx.autocast.again(), _parameters(job.owner, params), sums.of_parameters():
             for t in reversed(range(job.first, total)):
                 if following is None and by_state[t] is None:
                     continue
@@ -241,10 +244,10 @@ def _through(
     if not job.verified:
         check_captured(outputs, [*own, *read, *params])
         job.verified.append(True)
-    found = torch.autograd.grad(
-        outputs, [*own, *read, *params], arriving, retain_graph=keep_graph, allow_unused=True
-    )
-    sums.add(places, list(found[len(own) :]))
+    found = torch.autograd.grad(outputs, [*own, *read, *params], arriving, retain_graph=keep_graph, allow_unused=True)
+    for place, grad in zip(places, found[len(own) :]):
+        if grad is not None:
+            sums.add(place, grad)
     return found[0] if own else None
 
 
@@ -252,34 +255,52 @@ class Sums:
     """Gradients over loops, in float32 where their tensors are narrower."""
 
     def __init__(self, count: int, params: list[Tensor], main_grad: bool) -> None:
-        self.count = count
+        self.count, self.params, self.main_grad = count, params, main_grad
         self.totals: list[Tensor | None] = [None] * (count + len(params))
         # Whether the total is ours to write into; the first gradient may be shared with others.
         self.ours = [False] * len(self.totals)
-        self.main_grad = main_grad
+        self.stubs: dict[int, Tensor] = {}
         if main_grad:
             for i, p in enumerate(params, count):
                 if getattr(p, "main_grad", None) is None:
                     p.main_grad = torch.zeros_like(p, dtype=wide(p.dtype))  # type: ignore[attr-defined]
                 self.totals[i], self.ours[i] = p.main_grad, True  # type: ignore[attr-defined]
 
-    def add(self, places: list[int], grads: list[Tensor | None]) -> None:
-        """Gradients of the plan's tensors at `places`, then of all parameters."""
-        targets, addends = [], []
-        for place, grad in zip([*places, *range(self.count, len(self.totals))], grads):
-            if grad is None:
-                continue
-            total = self.totals[place]
-            if total is None:
-                self.totals[place] = grad.to(wide(grad.dtype))
-                self.ours[place] = self.totals[place] is not grad
-            elif self.ours[place]:
-                targets.append(total)
-                addends.append(grad)
-            else:
-                self.totals[place], self.ours[place] = total + grad, True
-        for total, grad in zip(targets, addends):
+    def add(self, place: int, grad: Tensor) -> None:
+        total = self.totals[place]
+        if total is None:
+            self.totals[place] = total = grad.to(wide(grad.dtype))
+            self.ours[place] = total is not grad
+        elif self.ours[place]:
             total.add_(grad)
+        else:
+            self.totals[place], self.ours[place] = total + grad, True
+
+    def take(self, place: int, grad: Tensor) -> Tensor:
+        """Adds, and hands on something of no size instead, so that the gradient's memory is free for the next one."""
+        self.add(place, grad)
+        stub = self.stubs.get(place)
+        if stub is None:
+            stub = self.stubs[place] = grad.new_zeros(()).expand_as(grad)
+        return stub
+
+    @contextmanager
+    def of_parameters(self) -> Iterator[None]:
+        """Gradients of parameters are added as soon as they are there, while they are in the cache.
+
+        By hooks, in place of those that the parameters have: theirs are for the one gradient at the end.
+        """
+        aside = [(p, dict(p._backward_hooks)) for p in self.params if p._backward_hooks]
+        for p, _ in aside:
+            p._backward_hooks.clear()  # type: ignore[union-attr]
+        handles = [p.register_hook(partial(self.take, i)) for i, p in enumerate(self.params, self.count)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for p, hooks in aside:
+                p._backward_hooks.update(hooks)  # type: ignore[union-attr]
 
     def results(self, tensors: list[Tensor], params: list[Tensor]) -> list[Tensor | None]:
         """One gradient each, in the tensor's dtype."""

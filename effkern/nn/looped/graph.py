@@ -87,13 +87,12 @@ class GraphedLoops(nn.Module):
         key = (x.shape, x.dtype, x.device, tuple(autocast.kinds), layout.key(plan))
         recorded = self._recorded.get(key)
         if recorded is None:
-            body = block._body(plan)._replace(always_state=True)
+            body = block._body(plan)._replace(carries_state=True)
             recorded = _Recorded(block, body, plan, layout, start, autocast, self.recorder)
             self._recorded[key] = recorded
         recorded.check_in_place()
         shared, rows = layout.tensors(plan)
         flat_rows = [x for row in rows for x in row]
-        graph = torch.is_grad_enabled()
         # Without a graph nothing is kept.
         where = (recorded, count, len(shared), torch.is_grad_enabled())
         return _Replays.apply(*where, start, *shared, *flat_rows, *recorded.params)
@@ -140,7 +139,7 @@ class _Recorded:
         self.block, self.body, self.recorder, self.autocast = block, body, recorder, autocast
         # A cast that was cached before the recording would never be made again.
         autocast.cache = False
-        owner = nn.ModuleList([block.core, *([block.norm] if body.norm_module is not None else [])])
+        owner = block._owner()
         self.params = [p for p in owner.parameters() if p.requires_grad]
         self.every = list(owner.parameters())
         self.addresses = [p.data_ptr() for p in self.every]
