@@ -7,8 +7,8 @@ from effkern.ops.looped_linear_attention.problem import FORMS
 
 OP = "looped_linear_attention"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Most numbers of state that the C++ kernels take (a matrix of it for each of 16 problems at once), and what Triton keeps
-# in registers: features or queries, and loops.
+# Most numbers of state that the C++ kernels take (a matrix of it for each of 16 problems at once), and what Triton
+# keeps in registers: features or queries, and loops.
 CPP_STATE, TRITON_TILE, TRITON_LOOPS = 256, 32, 1024
 
 

@@ -98,7 +98,7 @@ def backward(p: Problem, grad_LBM: Tensor, needs: Needs) -> Grads:
     layers = p.preconditioner.shape[0]
     of_parameters = layers * d * d * needs.preconditioner + loops * needs.steps
     programs = min(batch, PROGRAMS, max(1, SUM_BYTES // (4 * max(1, of_parameters))))
-    data = [torch.empty_like(t) if needs.data else None for t in (x, p.y_BN, p.query_BMD)]
+    of_x, of_y, of_query = (torch.empty_like(t) if needs.data else None for t in (x, p.y_BN, p.query_BMD))
     # With a matrix per loop a program adds to its sums in memory.
     grad_a = x.new_zeros((programs, layers, d, d)) if needs.preconditioner else None
     grad_steps = x.new_zeros((programs, loops)) if needs.steps else None
@@ -108,11 +108,14 @@ def backward(p: Problem, grad_LBM: Tensor, needs: Needs) -> Grads:
         with torch.cuda.device_of(x):
             looped_attention_bwd_kernel[(programs,)](
                 grad_LBM[-1], x, p.y_BN, p.query_BMD, p.preconditioner, x if p.steps_L is None else p.steps_L,
-                *(x if t is None else t for t in (*data, grad_a, grad_steps)), batch, n, d, m, loops,
+                *(x if t is None else t for t in (of_x, of_y, of_query, grad_a, grad_steps)), batch, n, d, m, loops,
                 **_flags(p), OF_DATA=needs.data, OF_A=needs.preconditioner, OF_STEPS=needs.steps, **tiles,
                 **segments_of(loops), ROWS=launch.rows, num_warps=launch.warps,
             )  # fmt: skip
-    return Grads(*data, None if grad_a is None else grad_a.sum(0), None if grad_steps is None else grad_steps.sum(0))
+    return Grads(
+        of_x, of_y, of_query, None if grad_a is None else grad_a.sum(0),
+        None if grad_steps is None else grad_steps.sum(0),
+    )  # fmt: skip
 
 
 def _case(kernel: Any, table: list[Launch], **flags: Any) -> tuple:
