@@ -79,8 +79,8 @@ def check(inputs: Inputs, loops: int) -> None:
     grad = torch.randn(inputs[0].shape[0])
 
     def results(function: Function, dtype: torch.dtype) -> list[Tensor]:
-        part = tuple(t.detach().to(dtype).requires_grad_() for t in inputs)
-        out = function(*part, loops)
+        x, y, query, a = part = [t.detach().to(dtype).requires_grad_() for t in inputs]
+        out = function(x, y, query, a, loops)
         return [out, *torch.autograd.grad(out, part, grad.to(dtype))]
 
     for got, want in zip(results(effkern_op, torch.float32), results(paper, torch.float64)):

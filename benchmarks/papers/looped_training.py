@@ -115,14 +115,30 @@ def spread(x: Sequence[float]) -> str:
     return f"{statistics.mean(x):.3f} +- {statistics.stdev(x) if len(x) > 1 else 0.0:.3f}"
 
 
+# Options that do not change what a record means.
+FREE_OPTIONS = ("out", "report", "models", "weights", "seeds", "first_seed", "threads")
+
+
+def settings(a: argparse.Namespace) -> dict[str, Any]:
+    return {k: v for k, v in vars(a).items() if k not in FREE_OPTIONS}
+
+
 def write(a: argparse.Namespace, records: list[dict[str, Any]]) -> None:
     """After each run, so that one that is cut short is not lost."""
-    if a.out is None:
-        return
-    case = {k: v for k, v in vars(a).items() if k not in ("out", "report", "models", "seeds", "first_seed")}
-    a.out.write_text(json.dumps({**case, **runner.machine(), "records": records}, indent=1) + "\n")
+    if a.out is not None:
+        a.out.write_text(json.dumps({**settings(a), **runner.machine(), "records": records}, indent=1) + "\n")
 
 
 def earlier(a: argparse.Namespace) -> list[dict[str, Any]]:
-    """Records of a file that an interrupted command left."""
-    return json.loads(a.out.read_text())["records"] if a.out is not None and a.out.exists() else []
+    """Records of a file that an interrupted command left.
+
+    Raises:
+        SystemExit: they were made with other options.
+    """
+    if a.out is None or not a.out.exists():
+        return []
+    found = json.loads(a.out.read_text())
+    other = {k: found.get(k) for k, v in settings(a).items() if found.get(k) != v}
+    if other:
+        raise SystemExit(f"{a.out} was made with other options: {other}; choose another --out")
+    return found["records"]

@@ -66,7 +66,7 @@ LANES_INLINE void tile(const E* a, int64_t a_row, int64_t a_depth, const V<T>* b
     }
 }
 
-// Rows [first, last) of a tile row: C columns at a time, then one.
+// R rows of a product from column `first`: C columns at a time, then two, then one.
 template <int R, int C, typename T, typename E>
 LANES_INLINE void strip(Grid<const E> a, Grid<const V<T>> b, int64_t r, int64_t first, int64_t columns, int64_t depth,
                         Grid<V<T>> out, T scale, bool add) {
@@ -75,6 +75,9 @@ LANES_INLINE void strip(Grid<const E> a, Grid<const V<T>> b, int64_t r, int64_t 
   int64_t c = first;
   for (; c + C <= columns; c += C)
     tile<R, C, T>(left, a.row, a.column, b.data + c * b.column, b.row, b.column, depth, to + c * out.column, out.row,
+                  out.column, scale, add);
+  for (; c + 2 <= columns; c += 2)
+    tile<R, 2, T>(left, a.row, a.column, b.data + c * b.column, b.row, b.column, depth, to + c * out.column, out.row,
                   out.column, scale, add);
   for (; c < columns; ++c)
     tile<R, 1, T>(left, a.row, a.column, b.data + c * b.column, b.row, b.column, depth, to + c * out.column, out.row,

@@ -58,7 +58,7 @@ def looped_linear_attention(
         step_sizes: e, shape [loops]; None: 1 each.
         every_loop: also return the prediction after each loop.
         form: "auto", "factors", "primal" or "dual".
-        impl: "auto", "cpp", "triton" (CUDA; d, m, in the dual form n up to 32; 1024 loops) or "reference" (PyTorch).
+        impl: "auto", "cpp", "triton" (CUDA; d and m up to 32, 1024 loops; dual up to n = 16) or "reference" (PyTorch).
 
     Returns:
         LoopedAttentionOutput(prediction [...] or [..., m], per_loop [loops, ...] with the last one equal to

@@ -7,9 +7,9 @@ from effkern.ops.looped_linear_attention.problem import FORMS
 
 OP = "looped_linear_attention"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Most numbers of state that the C++ kernels take (a matrix of it for each of 16 problems at once), and the most that
-# Triton keeps in registers, of states and of loops.
-CPP_STATE, TRITON_STATE, TRITON_LOOPS = 256, 32, 1024
+# Most numbers of state that the C++ kernels take (a matrix of it for each of 16 problems at once), and what Triton
+# keeps in registers: features or queries, and loops.
+CPP_STATE, TRITON_TILE, TRITON_LOOPS = 256, 32, 1024
 
 
 def check_types(steps: Tensor | None, loops: int, **tensors: Tensor) -> None:
@@ -61,14 +61,13 @@ def check_form(form: str, shared: bool) -> None:
 
 def not_covered(impl: str, state: int, dim: int, queries: int, loops: int, dtype: torch.dtype) -> str | None:
     """The rule of an implementation that these sizes break."""
-    widest = max(state, dim)
-    if impl == "cpp" and widest > CPP_STATE:
-        return f"at most {CPP_STATE} numbers of state and features, got {widest}"
+    if impl == "cpp" and max(state, dim) > CPP_STATE:
+        return f"at most {CPP_STATE} numbers of state and features, got {max(state, dim)}"
     if impl == "triton":
         if dtype == torch.float64:
             return "float32, bfloat16 and float16, got torch.float64"
         if loops > TRITON_LOOPS:
             return f"at most {TRITON_LOOPS} loops, got {loops}"
-        if max(widest, queries) > TRITON_STATE:
-            return f"at most {TRITON_STATE} numbers of state, features and queries, got {max(widest, queries)}"
+        if max(dim, queries) > TRITON_TILE:
+            return f"at most {TRITON_TILE} features and queries, got {max(dim, queries)}"
     return None

@@ -131,21 +131,21 @@ def backward(p: Problem, grad_LBM: Tensor, needs: Needs) -> Grads:
             grad_g_BKK -= _outer(sent_BK, before_BK)
             grad_h_BK += sent_BK
             costate_BK = costate_BK - torch.bmm(sent_BK[:, None], r.g_BKK)[:, 0]
-    data = (None, None, None)
-    if p.form == "dual":
-        *data, of_a = _of_dual(p, grad_g_BKK, grad_h_BK, grad_c_BMK)
-        grad_a[0] = of_a
-    else:
-        *data, of_a = _of_moments(p, grad_g_BKK, grad_h_BK, grad_c_BMK)
-        grad_a = grad_a if of_a is None else of_a[None]
+    of_inputs = _of_dual if p.form == "dual" else _of_moments
+    of_x, of_y, of_query, of_a = of_inputs(p, grad_g_BKK, grad_h_BK, grad_c_BMK)
     return Grads(
-        *(data if needs.data else (None, None, None)),
-        grad_a if needs.preconditioner else None,
+        of_x if needs.data else None,
+        of_y if needs.data else None,
+        of_query if needs.data else None,
+        (grad_a if of_a is None else of_a[None]) if needs.preconditioner else None,
         grad_steps_L if needs.steps else None,
     )
 
 
-def _of_dual(p: Problem, grad_g_BNN: Tensor, grad_h_BN: Tensor, grad_c_BMN: Tensor) -> tuple[Tensor, ...]:
+Found = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+def _of_dual(p: Problem, grad_g_BNN: Tensor, grad_h_BN: Tensor, grad_c_BMN: Tensor) -> Found:
     """Through G = X (X A)^T / n, h = y / n, C = q (X A)^T: the gradients of x, y, query and A."""
     n, a_DD = p.x_BND.shape[1], p.preconditioner[0]
     mapped_BND = p.x_BND @ a_DD
@@ -156,7 +156,7 @@ def _of_dual(p: Problem, grad_g_BNN: Tensor, grad_h_BN: Tensor, grad_c_BMN: Tens
     return grad_x_BND, grad_h_BN / n, torch.bmm(grad_c_BMN, mapped_BND), grad_a_DD
 
 
-def _of_moments(p: Problem, grad_g_BDD: Tensor, grad_h_BD: Tensor, grad_c_BMD: Tensor) -> tuple[Tensor | None, ...]:
+def _of_moments(p: Problem, grad_g_BDD: Tensor, grad_h_BD: Tensor, grad_c_BMD: Tensor) -> Found:
     """Through S and b, and in the primal form through G = A^T S and h = A^T b before."""
     n, grad_a_DD = p.x_BND.shape[1], None
     if p.form == "primal":

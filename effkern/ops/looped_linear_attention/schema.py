@@ -72,9 +72,11 @@ def _predictions(p: Problem) -> tuple[int, int, int]:
 
 
 def _empty_grads(p: Problem, needs: Needs) -> Grads:
-    data = [torch.empty_like(t) if needs.data else None for t in (p.x_BND, p.y_BN, p.query_BMD)]
+    of_x, of_y, of_query = (torch.empty_like(t) if needs.data else None for t in (p.x_BND, p.y_BN, p.query_BMD))
     return Grads(
-        *data,
+        of_x,
+        of_y,
+        of_query,
         torch.empty_like(p.preconditioner) if needs.preconditioner else None,
         p.x_BND.new_empty(p.loops) if needs.steps else None,
     )

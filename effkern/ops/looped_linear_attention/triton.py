@@ -27,7 +27,9 @@ class Launch(NamedTuple):
 
 # Chosen by what compiles without spills (tests/native/triton_resources.json). No GPU has timed them.
 FORWARD = [Launch(32, 16, 2)]
-BACKWARD = [Launch(16, 16, 4), Launch(32, 16, 8)]
+BACKWARD = [Launch(16, 16, 2), Launch(32, 16, 8)]
+# Examples and queries up to which "dual" runs as such; backward spills beyond.
+DUAL = 16
 # States that backward has in registers at once, and the most segments: 1024 loops.
 SEGMENT, SEGMENTS = 32, 32
 # Programs of a backward pass, each with its own sums of the parameters' gradients, and the bytes these may take.
@@ -48,8 +50,9 @@ def _sizes(p: Problem) -> tuple[int, int, int, int, int]:
     return batch, n, d, p.query_BMD.shape[1], p.loops
 
 
-def _form(form: str) -> str:
-    return "dual" if form == "dual" else "factors"
+def _form(p: Problem) -> str:
+    small = max(p.x_BND.shape[1], p.query_BMD.shape[1]) <= DUAL
+    return "dual" if p.form == "dual" and small else "factors"
 
 
 def tiles_of(form: str, n: int, d: int, m: int) -> dict[str, int]:
@@ -58,7 +61,7 @@ def tiles_of(form: str, n: int, d: int, m: int) -> dict[str, int]:
 
 def _flags(p: Problem) -> dict[str, Any]:
     return {
-        "FORM": _form(p.form), "FREE": p.preconditioner.shape[0] > 1, "HAS_STEPS": p.steps_L is not None,
+        "FORM": _form(p), "FREE": p.preconditioner.shape[0] > 1, "HAS_STEPS": p.steps_L is not None,
         "EVERY": p.every_loop, "enable_fp_fusion": True,
     }  # fmt: skip
 
@@ -69,7 +72,7 @@ def forward(p: Problem) -> Tensor:
     predictions = p.x_BND.new_empty((loops if p.every_loop else 1, batch, m))
     if batch == 0:
         return predictions
-    tiles = tiles_of(p.form, n, d, m)
+    tiles = tiles_of(_form(p), n, d, m)
     launch = _launch(FORWARD, tiles)
     with torch.cuda.device_of(p.x_BND):
         looped_attention_fwd_kernel[(batch,)](
@@ -95,21 +98,24 @@ def backward(p: Problem, grad_LBM: Tensor, needs: Needs) -> Grads:
     layers = p.preconditioner.shape[0]
     of_parameters = layers * d * d * needs.preconditioner + loops * needs.steps
     programs = min(batch, PROGRAMS, max(1, SUM_BYTES // (4 * max(1, of_parameters))))
-    data = [torch.empty_like(t) if needs.data else None for t in (x, p.y_BN, p.query_BMD)]
+    of_x, of_y, of_query = (torch.empty_like(t) if needs.data else None for t in (x, p.y_BN, p.query_BMD))
     # With a matrix per loop a program adds to its sums in memory.
     grad_a = x.new_zeros((programs, layers, d, d)) if needs.preconditioner else None
     grad_steps = x.new_zeros((programs, loops)) if needs.steps else None
-    tiles = tiles_of(p.form, n, d, m)
+    tiles = tiles_of(_form(p), n, d, m)
     launch = _launch(BACKWARD, tiles)
     if batch:
         with torch.cuda.device_of(x):
             looped_attention_bwd_kernel[(programs,)](
                 grad_LBM[-1], x, p.y_BN, p.query_BMD, p.preconditioner, x if p.steps_L is None else p.steps_L,
-                *(x if t is None else t for t in (*data, grad_a, grad_steps)), batch, n, d, m, loops,
+                *(x if t is None else t for t in (of_x, of_y, of_query, grad_a, grad_steps)), batch, n, d, m, loops,
                 **_flags(p), OF_DATA=needs.data, OF_A=needs.preconditioner, OF_STEPS=needs.steps, **tiles,
                 **segments_of(loops), ROWS=launch.rows, num_warps=launch.warps,
             )  # fmt: skip
-    return Grads(*data, None if grad_a is None else grad_a.sum(0), None if grad_steps is None else grad_steps.sum(0))
+    return Grads(
+        of_x, of_y, of_query, None if grad_a is None else grad_a.sum(0),
+        None if grad_steps is None else grad_steps.sum(0),
+    )  # fmt: skip
 
 
 def _case(kernel: Any, table: list[Launch], **flags: Any) -> tuple:
@@ -133,8 +139,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "free": {"FORM": "factors", "FREE": True, "EVERY": True},
     "free_queries": {"FORM": "factors", "FREE": True, "EVERY": True, "m": 32},
     "dual": {"FORM": "dual", "n": 10},
-    "dual_every": {"FORM": "dual", "n": 10, "EVERY": True, "HAS_STEPS": True, "m": 32},
-    "dual_32": {"FORM": "dual", "n": 32, "d": 32},
+    "dual_every": {"FORM": "dual", "n": 10, "EVERY": True, "HAS_STEPS": True, "m": 16},
     "loops_1024": {"FORM": "factors", "loops": 1024},
 }
 COMPILE_CASES = {

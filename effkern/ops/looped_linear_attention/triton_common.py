@@ -4,7 +4,7 @@
     at least 16 for the products, and 0 beyond the edges, which therefore never reach a sum
 
 "primal" runs as "factors": its product A^T S before the loops and the two behind them cost registers that spill, and
-save one short reduction per loop.
+save one short reduction per loop. So does "dual" with more than 16 examples or queries.
 
 Products of float32 tiles are sums of three of the tensor core's (tf32x3), as exact as float32 ones; the recurrence
 itself is multiply-adds of registers.
