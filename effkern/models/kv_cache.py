@@ -160,14 +160,15 @@ class StageCache:
     ) -> None:
         self.stage, self.policy = stage, policy
         batch, heads, _, width = shape
-        make = {"device": device, "dtype": dtype}
+        slots, rings = policy.num_slots(stage.loops), policy.num_rings(stage.loops)
+        full = (slots, stage.layers, *shape)
+        near = (rings, stage.layers, batch, heads, policy.size, width)
         # Keys and values, [slot, layer, B, K, positions, D].
-        self._full = [torch.zeros(policy.num_slots(stage.loops), stage.layers, *shape, **make) for _ in range(2)]
-        ring = (policy.num_rings(stage.loops), stage.layers, batch, heads, policy.size, width)
-        self._near = [torch.zeros(ring, **make) for _ in range(2)]
+        self._full = [torch.zeros(full, device=device, dtype=dtype) for _ in range(2)]
+        self._near = [torch.zeros(near, device=device, dtype=dtype) for _ in range(2)]
         layers = range(stage.layers)
-        self.slots = [[LayerCache(*(x[s, i] for x in self._full)) for i in layers] for s in range(len(self._full[0]))]
-        self.rings = [[Ring(*(x[s, i] for x in self._near)) for i in layers] for s in range(len(self._near[0]))]
+        self.slots = [[LayerCache(*(x[s, i] for x in self._full)) for i in layers] for s in range(slots)]
+        self.rings = [[Ring(*(x[s, i] for x in self._near)) for i in layers] for s in range(rings)]
 
     @property
     def layers(self) -> list[LayerCache]:

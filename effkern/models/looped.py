@@ -181,13 +181,13 @@ class LoopedStack(nn.Module):
         """How often a block runs in one forward pass."""
         return sum(stage.applications for stage in parse_stages(config.loop.stages))
 
-    @staticmethod
-    def products(config: DecoderConfig) -> float:
+    @classmethod
+    def products(cls, config: DecoderConfig, loops: int | Sequence[int] | None = None) -> float:
         """Weights that a token meets in one forward pass."""
-        stages = parse_stages(config.loop.stages)
+        stages = cls.stages_of(config, loops)
         per_layer = sum(Block.count(config, i) for i in range(config.num_layers)) / config.num_layers
-        own = sum(LoopedStage.own_products(config, stage) for stage in stages if stage.looped)
-        return per_layer * sum(stage.applications for stage in stages) + own
+        own = [LoopedStage.own_products(config, now) for now, s in zip(stages, cls.stages_of(config)) if s.looped]
+        return per_layer * sum(stage.applications for stage in stages) + sum(own)
 
     def forward(
         self, stream: Tensor, rope: Rope, cache: KVCache | None = None,

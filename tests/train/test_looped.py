@@ -56,7 +56,7 @@ def loops_run(trainer):
         if hasattr(stage, "block"):
             real_count = stage.block._count
 
-            def count(loops, step, number=number, real_count=real_count):
+            def count(loops, step, stage=stage, number=number, real_count=real_count):
                 found = real_count(loops, step)
                 if stage.training and seen:
                     seen[-1].append((number, found))
@@ -195,6 +195,28 @@ def test_estimate_counts_loops(base):
     assert same.activations == deep.activations
     assert same.parameters == count_parameters(replace(base.model, num_layers=3))
     assert forward_flops(config.model, 16) == forward_flops(plain.model, 16)
+
+
+@pytest.mark.parametrize(
+    ("loop", "forward", "backward"),
+    [
+        ({"mode": "full"}, 6, 6),
+        ({"mode": "truncated", "gradient_loops": 2}, 6, 2),
+        # Means of the draws.
+        ({"sample": "poisson"}, 7, 7),
+        ({"sample": "poisson", "max_loops": 6}, 6, 6),
+        ({"sample": "uniform"}, 6, 6),
+        ({"sample": "poisson", "mode": "truncated", "gradient_loops": 4}, 7, 4),
+    ],
+)
+def test_estimate_of_training_flops(base, loop, forward, backward):
+    def flops(loops):
+        shape = replace(base.model, stack="looped", num_layers=2, loop=LoopConfig(f"1x1,1x{loops}"))
+        return forward_flops(shape, base.data.seq_len).total
+
+    config = replace(base, model=replace(base.model, stack="looped", num_layers=2, loop=LoopConfig("1x1,1x6", **loop)))
+    found = estimate(config, torch.float32)
+    assert found.student_flops == pytest.approx((flops(forward) + 2 * flops(backward)) * found.tokens, rel=1e-12)
 
 
 @pytest.mark.parametrize(
