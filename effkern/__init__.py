@@ -15,6 +15,7 @@ from effkern.ops.distill import (
     linear_distill_loss,
 )
 from effkern.ops.laurel import LaurelOutput, laurel_residual
+from effkern.ops.loop_similarity import LoopSimilarity, loop_similarity
 from effkern.ops.loop_step import LoopStepOutput, loop_step
 from effkern.ops.soft_labels import SoftLabels, soft_labels
 from effkern.ops.token_stats import LabelStats, token_stats
@@ -26,6 +27,7 @@ __all__ = [
     "DistillStats",
     "LabelStats",
     "LaurelOutput",
+    "LoopSimilarity",
     "LoopStepOutput",
     "SoftLabels",
     "TeacherConfidence",
@@ -38,6 +40,7 @@ __all__ = [
     "distributed",
     "laurel_residual",
     "linear_distill_loss",
+    "loop_similarity",
     "loop_step",
     "nn",
     "optim",

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "cpu/laurel_operands.h"
+#include "cpu/row_chunks.h"
 
 namespace effkern {
 namespace laurel {
@@ -25,28 +26,8 @@ constexpr int64_t kBackwardBytes = std::is_same_v<T, float> ? 1 << 19 : 1 << 18;
 template <typename T>
 constexpr int64_t kGrain = std::is_same_v<T, float> ? 1 << 15 : 3 << 16;
 constexpr int64_t kNarrowGrain = 1 << 15;
-// Chunks that a forward pass of few rows is still cut into, and groups of a backward pass.
-constexpr int64_t kChunks = 8, kGroups = 16, kNarrowGroups = 64;
-
-int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
-
-// [begin, end) in about `parts` parts of whole strips.
-struct Cut {
-  int64_t begin, end, step;
-  Cut(int64_t begin, int64_t end, int64_t parts)
-      : begin(begin), end(end), step(std::max(kStrip, ceil_div(ceil_div(end - begin, parts), kStrip) * kStrip)) {}
-  int64_t parts() const { return ceil_div(end - begin, step); }
-  int64_t first(int64_t i) const { return begin + i * step; }
-  int64_t last(int64_t i) const { return std::min(begin + (i + 1) * step, end); }
-};
-
-template <typename T>
-int64_t least_chunks(int64_t rows, int64_t dim, int64_t bytes) {
-  const int64_t fit = bytes / (dim * static_cast<int64_t>(sizeof(T)));
-  const int64_t least = std::max<int64_t>(1, ceil_div(rows, std::max<int64_t>(32, fit)));
-  // As many for each of 2, 4 or 8 threads.
-  return least > kChunks ? ceil_div(least, kChunks) * kChunks : least;
-}
+// Groups of a backward pass.
+constexpr int64_t kGroups = 16, kNarrowGroups = 64;
 
 template <typename T>
 void forward_chunks(ForwardRows<T> a, const LowRank<T>& l, Rows<T> own, int64_t rows) {

@@ -3,45 +3,17 @@
 //   forward:  y = alpha f + beta (x + low) + sum_j c_j e_j,  z = y rstd w,  rstd = (mean(y^2) + eps)^-1/2
 //   backward: g = g_y + rstd (h - yh mean(h yh)),  h = g_z w,  yh = y rstd,  and what follows from g per element
 //
-// A row is walked in blocks: a block of the float result stays in the first cache while the operands are added one at a
-// time, so that there is one loop per operand and not one per combination of operands. Lanes and strips are fixed, so
-// that the order of additions depends on neither the clone nor the number of threads.
+// See rows.h for how a row is walked.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
-#include "cpu/clones.h"
-#include "cpu/widen.h"
+#include "cpu/rows.h"
 
 namespace effkern {
 namespace laurel {
-
-constexpr int kLanes = 32;
-constexpr int64_t kBlock = 512;
-// Rows that share one partial sum.
-constexpr int64_t kStrip = 16;
-
-// Rows of packed channels; without data where an operand is missing. A buffer of a chunk starts at its first row; a
-// stride of 0 is one row for all.
-template <typename T>
-struct Rows {
-  T* data = nullptr;
-  int64_t stride = 0, first = 0;
-
-  explicit operator bool() const { return data != nullptr; }
-  T* operator[](int64_t r) const { return data == nullptr ? nullptr : data + (r - first) * stride; }
-};
-
-// A factor for all channels, or one per channel.
-struct Factor {
-  const float* values = nullptr;
-  bool per_channel = false;
-
-  bool is_one() const { return !per_channel && *values == 1.0f; }
-};
 
 template <typename T>
 struct ForwardRows {
@@ -71,47 +43,6 @@ struct BackwardRows {
   bool sum_per_channel;
   int64_t dim;
 };
-
-EFFKERN_INLINE void store(float& to, float value) { to = value; }
-EFFKERN_INLINE void store(BFloat16& to, float value) { to.bits = to_bfloat16(value); }
-
-// Calls f(lane, index) for [begin, end): full groups of lanes first, then the rest.
-template <class F>
-EFFKERN_INLINE void for_lanes(int64_t begin, int64_t end, const F& f) {
-  int64_t v = begin;
-  for (; v + kLanes <= end; v += kLanes) {
-#pragma GCC ivdep
-    for (int l = 0; l < kLanes; ++l) f(l, v + l);
-  }
-  for (int l = 0; v + l < end; ++l) f(l, v + l);
-}
-
-template <class F>
-EFFKERN_INLINE void for_blocks(int64_t dim, const F& f) {
-  for (int64_t begin = 0; begin < dim; begin += kBlock) f(begin, std::min(begin + kBlock, dim));
-}
-
-// Halves first, in vectors: one lane after another would take as long as a hundred channels.
-EFFKERN_INLINE float sum_lanes(const float* lanes) {
-  float sums[kLanes];
-  for (int l = 0; l < kLanes; ++l) sums[l] = lanes[l];
-#pragma GCC unroll 8
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int l = 0; l < half; ++l) sums[l] += sums[l + half];
-  return sums[0];
-}
-
-// Calls f(factor of a channel) with a function that the compiler sees through.
-template <class F>
-EFFKERN_INLINE void with_factor(const Factor& factor, const F& f) {
-  const float* values = factor.values;
-  if (factor.per_channel) {
-    f([values](int64_t v) EFFKERN_LAMBDA { return values[v]; });
-  } else {
-    const float value = *values;
-    f([value](int64_t) EFFKERN_LAMBDA { return value; });
-  }
-}
 
 template <typename T>
 EFFKERN_INLINE void forward_row(const ForwardRows<T>& a, int64_t r) {
@@ -208,14 +139,6 @@ EFFKERN_INLINE void backward_row(const BackwardRows<T>& a, int64_t r, float* nor
   });
 }
 
-// x's gradient: beta g + low.
-template <typename T>
-EFFKERN_INLINE void grad_x_row(const float* g, const Factor& beta, const float* low, T* out, int64_t dim) {
-  with_factor(beta, [&](auto b) EFFKERN_LAMBDA {
-    for_lanes(0, dim, [&](int, int64_t v) EFFKERN_LAMBDA { store(out[v], b(v) * g[v] + low[v]); });
-  });
-}
-
 // GCC clones functions, not templates.
 namespace {
 
@@ -230,15 +153,6 @@ namespace {
 EFFKERN_LOOPS(float)
 EFFKERN_LOOPS(BFloat16)
 #undef EFFKERN_LOOPS
-
-EFFKERN_CLONES void grad_x_rows(Rows<const float> g, const Factor& beta, Rows<const float> low, Rows<BFloat16> out,
-                                int64_t dim, int64_t begin, int64_t end) {
-  for (int64_t r = begin; r < end; ++r) grad_x_row(g[r], beta, low[r], out[r], dim);
-}
-
-EFFKERN_CLONES void add_widened(float* total, const BFloat16* x, int64_t size) {
-  for_lanes(0, size, [&](int, int64_t i) EFFKERN_LAMBDA { total[i] += widen(x[i]); });
-}
 
 }  // namespace
 }  // namespace laurel

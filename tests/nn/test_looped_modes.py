@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from effkern.nn import LoopedBlock, Truncated
 from tests.nn.looped_cases import DIM, AliveBytes, Layer, by_hand, randomize
-from tests.numerics import rel_err
+from tests.numerics import assert_as_good_as_eager, rel_err
 
 LOOPS = 4
 OURS = ["full", "recompute", "recompute_layer", Truncated(LOOPS), Truncated(LOOPS, recompute=False)]
@@ -41,10 +41,11 @@ def test_recompute_is_full_storage_bit_for_bit(options, dtype, autocast, dropout
     for mode in OURS[1:]:
         again = results(block, x, mode, 1, autocast)
         assert all(torch.equal(a, b) for a, b in zip(full, again, strict=True)), mode
-    plain = results(block, x, "autograd", 1, autocast)
-    assert torch.equal(full[0], plain[0])
-    wide = 1e-5 if dtype == torch.float32 and autocast is None else 2e-2
-    assert all(rel_err(a, b.double()) < wide for a, b in zip(full, plain))
+    if dropout == 0:
+        truth = results(copy.deepcopy(block).double(), x.double(), "autograd")
+        for fast, eager, want in zip(full, results(block, x, "autograd", 1, autocast), truth):
+            # The roundings of a few small products, by luck fewer in one of them.
+            assert_as_good_as_eager(fast, eager, want.double(), factor=3.0, ulps=4.0)
 
 
 @pytest.mark.parametrize("mode", [*OURS, "autograd"], ids=str)
@@ -292,6 +293,10 @@ def test_a_second_derivative_is_refused(mode):
 
 
 def test_second_derivatives_by_autograd():
+    block = stack(torch.float32, injection="gate", norm=True, residual="laurel", rank=2)
+    x = torch.randn(2, DIM, requires_grad=True)
+    (first,) = torch.autograd.grad(block(x, mode="autograd").sin().sum(), x, create_graph=True)
+    assert torch.autograd.grad(first.square().sum(), list(block.core.parameters()))[0].abs().sum() > 0
     block = stack(torch.float64, injection="add")
     x = torch.randn(2, DIM, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: block(x, mode="autograd"), x)

@@ -275,7 +275,7 @@ class LoopedBlock(nn.Module):
         body = self._body(plan)
         owner = nn.ModuleList([self.core, *([self.norm] if body.norm_module is not None else [])])
         if isinstance(mode, Implicit):
-            body = body._replace(always_state=True)
+            body = body._replace(carries_state=True)
             job = Job(body, plan, False, False, 0, False, owner, self.main_grad, self._verified)
             fixed, self.last_solution = fixed_point(job, h, mode)
             return (fixed,)
@@ -284,8 +284,13 @@ class LoopedBlock(nn.Module):
         job = Job(
             body, plan, keep, mode == modes.RECOMPUTE_LAYER, first, all_states, owner, self.main_grad, self._verified
         )
-        if mode == modes.AUTOGRAD or torch.compiler.is_compiling() or self._sharded_inside():
-            return _by_autograd(job, h, again=not keep and mode != modes.AUTOGRAD)
+        if mode == modes.AUTOGRAD:
+            # What has second derivatives.
+            return _by_autograd(job._replace(body=body._replace(impl="reference")), h, again=False)
+        if torch.compiler.is_compiling() or self._sharded_inside():
+            if self.main_grad:
+                raise NotImplementedError(f"{OP}: main_grad needs an eager block whose core is no unit of FSDP")
+            return _by_autograd(job, h, again=not keep)
         return run(job, h)
 
     def _count(self, loops: int | None, step: int | None) -> int:
@@ -373,9 +378,10 @@ class LoopedBlock(nn.Module):
     def _body(self, plan: Plan) -> Body:
         fused = isinstance(self.norm, parts.LoopNorm)
         layers = list(self.core) if self.layered else []  # type: ignore[arg-type]
-        return Body(
-            None if self.layered else self.core, layers, None if fused else self.norm, fused, self.norm_eps,
-            self.layer_scalars.kind, self.loop_argument, self.check_finite,
+        return Body.of(
+            plan, core=None if self.layered else self.core, layers=layers, norm_module=None if fused else self.norm,
+            norm=fused, eps=self.norm_eps, scalar_use=self.layer_scalars.kind, loop_argument=self.loop_argument,
+            check_finite=self.check_finite,
         )  # fmt: skip
 
     def _sharded_inside(self) -> bool:

@@ -43,16 +43,25 @@ class Body(NamedTuple):
     scalar_use: str
     loop_argument: str | None
     check_finite: bool
-    always_state: bool = False
-    """Carry h_t in any case."""
+    carries_state: bool
+    """h_t is what goes from loop to loop, and not x_t."""
+    injects: bool
+    """x_t is not h_t."""
+    only_adds: bool
+    """x_t is h_t + e, and no norm or residual comes before: torch's own sum, which copies no gradient, is best then."""
+    impl: str = "auto"
+    """Of loop_step."""
 
-    def carries_state(self, plan: Plan) -> bool:
-        """Whether h_t is what goes from loop to loop, and not x_t."""
-        uses_h = "low_rank" in plan.shared or "beta" in plan.shared or any("beta" in part for part in plan.loops)
-        return self.always_state or uses_h or "mix" in plan.shared or not self.injects(plan)
-
-    def injects(self, plan: Plan) -> bool:
-        return bool(plan.shared.keys() & {"e", "state_scale"}) or any("embedding" in part for part in plan.loops)
+    @classmethod
+    def of(cls, plan: Plan, **fixed: Any) -> "Body":
+        """With what the plan says about all loops."""
+        shared = plan.shared.keys()
+        own = set().union(*plan.loops)
+        uses_h = bool({"low_rank", "beta"} & (shared | own)) or "mix" in shared
+        injects = bool({"e", "state_scale"} & shared) or "embedding" in own
+        others = {"state_scale", "alpha", "beta", "low_rank", "norm_weight", "mix", "embedding"}
+        only_adds = "e" in shared and not others & (shared | own)
+        return cls(**fixed, carries_state=uses_h or not injects, injects=injects, only_adds=only_adds)
 
     def enter(self, plan: Plan, t: int, h: Tensor) -> Tensor:
         """x_t of h_t."""
@@ -60,9 +69,11 @@ class Body(NamedTuple):
         if "mix" in shared:
             x = torch.nn.functional.linear(h, shared["mix"].to(h.dtype)) + shared["e"]
             return x if "embedding" not in part else x + part["embedding"].to(x.dtype)
-        if not self.injects(plan):
+        if not self.injects:
             return h
-        return loop_step(h, h, **_entering(shared, part)).core_input
+        if self.only_adds:
+            return h + shared["e"]
+        return loop_step(h, h, impl=self.impl, **_entering(shared, part)).core_input
 
     def loop(
         self, plan: Plan, t: int, carry: Tensor, *, start: bool = True, stop: bool = True, by_layer: bool = False
@@ -71,12 +82,12 @@ class Body(NamedTuple):
 
         start, stop: what comes in, and what is carried on, is the state in any case. by_layer: layers are checkpointed.
         """
-        whole = self.carries_state(plan)
+        whole = self.carries_state
         x = self.enter(plan, t, carry) if whole or start else carry
         f = self.apply_core(plan, t, x, by_layer)
-        if self.norm_module is None and not whole and not stop:
+        if self.norm_module is None and not whole and not stop and not self.only_adds:
             entering = _entering(plan.shared, plan.loops[t + 1])
-            out = loop_step(f, x, norm=self.norm, eps=self.eps, **self.terms(plan, t), **entering)
+            out = loop_step(f, x, norm=self.norm, eps=self.eps, impl=self.impl, **self.terms(plan, t), **entering)
             return out.state, out.core_input
         state = self.leave(plan, t, f, carry).state
         if whole or stop:
@@ -95,7 +106,8 @@ class Body(NamedTuple):
         changed_here = change and self.norm_module is None
         state, moved = f, None
         if self.norm or terms or changed_here:
-            state, _, moved = loop_step(f, h, norm=self.norm, eps=self.eps, return_change=changed_here, **terms)
+            options = {"norm": self.norm, "eps": self.eps, "return_change": changed_here, "impl": self.impl}
+            state, _, moved = loop_step(f, h, **options, **terms)  # type: ignore[arg-type]
         if self.norm_module is not None:
             state = self.norm_module(state)
             _check_output("norm", state, h)
@@ -134,12 +146,12 @@ class Body(NamedTuple):
         if scalars is not None and self.scalar_use == "argument":
             kwargs = {**kwargs, "scale": scalars}
         if scalars is not None and self.scalar_use == "stream":
-            z = loop_step(z, z, x0, state_scale=scalars[0], input_scale=scalars[1]).core_input
+            z = loop_step(z, z, x0, state_scale=scalars[0], input_scale=scalars[1], impl=self.impl).core_input
         y = layer(z, *args, **kwargs)
         _check_output(f"core[{i}]", y, z)
         y = y.to(z.dtype)
         if scalars is not None and self.scalar_use == "increment":
-            y = loop_step(y, z, alpha=scalars, beta=1 - scalars).state
+            y = loop_step(y, z, alpha=scalars, beta=1 - scalars, impl=self.impl).state
         return y
 
 

@@ -3,14 +3,15 @@
 from collections.abc import Iterable
 
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 
-def check_captured(outputs: list[Tensor], known: Iterable[Tensor]) -> None:
+def check_captured(outputs: list[GradientEdge], known: Iterable[Tensor]) -> None:
     """Raises ValueError if the graph of `outputs` reaches a leaf that is not among `known`."""
     leaves = {id(x) for x in known}
     # A tensor that is not a leaf of autograd's own graph ends the walk as well.
     ends = {x.grad_fn for x in known if x.grad_fn is not None}
-    todo = [y.grad_fn for y in outputs if y.grad_fn is not None]
+    todo = [end.node for end in outputs]
     seen = set(todo)
     while todo:
         node = todo.pop()

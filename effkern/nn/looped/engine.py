@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from effkern.nn.looped.body import OP, Body, Plan
@@ -102,11 +103,18 @@ def run(job: Job, carry: Tensor) -> tuple[Tensor, ...]:
 
 
 class Kept(NamedTuple):
-    """The graph of one loop."""
+    """The graph of one loop: where it begins, and its ends, without the memory of their tensors."""
 
     leaf: Tensor
-    state: Tensor
-    carry: Tensor
+    state: GradientEdge | None
+    """None: it needs no gradient."""
+    carry: GradientEdge | None
+    """None, too, if it is the state."""
+
+    @classmethod
+    def of(cls, leaf: Tensor, state: Tensor, carry: Tensor) -> "Kept":
+        ends = [get_gradient_edge(x) if x.requires_grad else None for x in (state, carry)]
+        return cls(leaf, ends[0], None if carry is state else ends[1])
 
 
 class _Loops(torch.autograd.Function):
@@ -131,7 +139,7 @@ class _Loops(torch.autograd.Function):
                 leaf = carry.detach().requires_grad_(t > job.first or (t == 0 and wanted))
                 with torch.enable_grad():
                     state, carry = job.loop(tracked, t, leaf)
-                ctx.kept.append(Kept(leaf, state, carry))
+                ctx.kept.append(Kept.of(leaf, state, carry))
                 state, carry = state.detach(), carry.detach()
             else:
                 if t >= job.first:
@@ -205,7 +213,7 @@ class _Loops(torch.autograd.Function):
                     if ctx.random:
                         ctx.random[i].restore()
                     with torch.enable_grad():
-                        kept = Kept(leaf, *job.loop(tracked, t, leaf, job.by_layer))
+                        kept = Kept.of(leaf, *job.loop(tracked, t, leaf, job.by_layer))
                 places = ctx.leaves.of_loop(t, 2)
                 with ctx.autocast.off():
                     following = _through(job, kept, by_state[t], following, proxies, places, params, sums, keep_graph)
@@ -218,23 +226,23 @@ def _through(
     places: list[int], params: list[Tensor], sums: "Sums", keep_graph: bool,
 ) -> Tensor | None:  # fmt: skip
     """Backward of one loop: adds to `sums`, returns the gradient of what the loop got."""
-    if kept.carry is kept.state:
-        if grad_carry is not None:
-            grad_state = grad_carry if grad_state is None else grad_state + grad_carry
-        pairs = [(kept.state, grad_state)]
-    else:
-        pairs = [(kept.state, grad_state), (kept.carry, grad_carry)]
-    pairs = [(y, g) for y, g in pairs if g is not None and y.requires_grad]
-    if not pairs:
+    if kept.carry is None and grad_carry is not None:
+        grad_state = grad_carry if grad_state is None else grad_state + grad_carry
+    pairs = [(kept.state, grad_state), (kept.carry, grad_carry)]
+    outputs, arriving = [], []
+    for end, grad in pairs:
+        if end is not None and grad is not None:
+            outputs.append(end)
+            arriving.append(grad)
+    if not outputs:
         return None
-    outputs = [y for y, _ in pairs]
     read = [proxies[place] for place in places]
     own = [kept.leaf] if kept.leaf.requires_grad else []
     if not job.verified:
         check_captured(outputs, [*own, *read, *params])
         job.verified.append(True)
     found = torch.autograd.grad(
-        outputs, [*own, *read, *params], [g for _, g in pairs], retain_graph=keep_graph, allow_unused=True
+        outputs, [*own, *read, *params], arriving, retain_graph=keep_graph, allow_unused=True
     )
     sums.add(places, list(found[len(own) :]))
     return found[0] if own else None

@@ -87,7 +87,7 @@ class GraphedLoops(nn.Module):
         key = (x.shape, x.dtype, x.device, tuple(autocast.kinds), layout.key(plan))
         recorded = self._recorded.get(key)
         if recorded is None:
-            body = block._body(plan)._replace(always_state=True)
+            body = block._body(plan)._replace(carries_state=True)
             recorded = _Recorded(block, body, plan, layout, start, autocast, self.recorder)
             self._recorded[key] = recorded
         recorded.check_in_place()

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from effkern.ops import registry
 from effkern.ops.loop_step import checks, reference
+from effkern.ops.loop_step import schema as schema
+from effkern.ops.loop_step.autograd import Options, apply, fitted
 from effkern.ops.loop_step.terms import Factor, Terms
-
-registry.register(checks.OP, registry.reference())
 
 
 class LoopStepOutput(NamedTuple):
@@ -46,14 +46,14 @@ def loop_step(
     x = state_scale s + input_scale e + embedding
     change = ||s - h|| / ||s|| per token, and 0 where s = h
 
-    The damped (Euler) form h + (F(h) - h) / K is alpha = 1/K, beta = 1 - 1/K. An injection W [h; e] is W1 h + W2 e: W2 e
-    is the same in every loop and enters as `e`, W1 is a product of its own. x and the change are made of s as rounded to
-    its dtype. Between loads and stores all is float32 (float64), sums over tokens too, channel by channel, and their
-    totals float64; the products of A and B take h's dtype with float32 accumulation.
+    The damped (Euler) form h + (F(h) - h) / K is alpha = 1/K, beta = 1 - 1/K. An injection W [h; e] is W1 h + W2 e:
+    W2 e is the same in every loop and enters as `e`, W1 is a product of its own. x and the change are made of s as
+    rounded to its dtype. Between loads and stores all is float32 (float64); sums over tokens are float32 over some rows
+    and float64 beyond; the products of A and B take h's dtype with float32 accumulation.
 
     Args:
         f: F(x), the core's output, shape [..., D]; cast to h's dtype. Gets a gradient, like every tensor below.
-        h: the state before, shape [..., D], float32/bfloat16/float16/float64. Rows may lie apart; else it is copied.
+        h: the state before, shape [..., D], float32/bfloat16/float16/float64. A strided one is copied.
         e: the injected input, like h; cast to its dtype. None: the term is absent.
         alpha, beta, state_scale, input_scale: a number, or a tensor of any floating dtype, shape [], [1] or [D].
             None: 1, for beta 0. beta as the number 0 is no term at all.
@@ -63,19 +63,20 @@ def loop_step(
         return_change: also the change, which has no gradient.
         save_branch: keep f and h for the norm's backward. Otherwise it is found from s, which divides by norm_weight.
             None: where that may be, which is looked at on the CPU outside of torch.compile; elsewhere they are kept.
-        impl: "auto", "cpp", "triton" (CUDA, D <= 8192) or "reference".
+        impl: "auto", "cpp", "triton" (CUDA) or "reference".
 
     Returns:
         LoopStepOutput(state, core_input, change | None), like h; the change [...] in float32 (float64).
 
     Raises:
-        ValueError: a shape, device or number breaks a rule; input_scale without e.
+        ValueError: a shape, device or number breaks a rule; input_scale without e; norm_weight near 0 with
+            save_branch=False.
         TypeError: unsupported dtype or type.
-        NotImplementedError: impl does not cover the device, dtype or D; a second derivative ("reference" has one).
+        NotImplementedError: impl does not cover the device or dtype; a second derivative ("reference" has one).
 
     Memory: kept for backward: nothing wide without norm and tensors as factors; with a norm s and 1 per token; f for
-    alpha's gradient, h for beta's and A's, s and e for those of their scales; h A (r per token). Deterministic, backward
-    too.
+    alpha's gradient, h for beta's and A's, s and e for those of their scales; h A (r per token).
+    Deterministic, backward too.
     Source: the terms of looped models (arXiv 2502.17416, 2502.05171, 2510.25741, 2411.07501). Backward: own derivation.
     """
     checks.check_streams(f, h, e)
@@ -90,12 +91,28 @@ def loop_step(
     checks.check_vector("embedding", embedding, h)
     checks.check_eps(eps)
     down, up = (None, None) if low_rank is None else low_rank
-    terms = Terms(
-        alpha, beta, state_scale, input_scale, down, up, norm_weight, embedding, norm or norm_weight is not None, eps,
-        e is not None, return_change,
+    norm = norm or norm_weight is not None
+    name = choose(impl, h)
+    if name == "reference":
+        terms = Terms(
+            alpha, beta, state_scale, input_scale, down, up, norm_weight, embedding, norm, eps, e is not None,
+            return_change,
+        )  # fmt: skip
+        return LoopStepOutput(*reference.loop_step(f.to(h.dtype), h, None if e is None else e.to(h.dtype), terms))
+    factors = (alpha, beta, state_scale, input_scale)
+    numbers = tuple(1.0 if isinstance(x, Tensor) else float(x) for x in factors)
+    assert len(numbers) == 4
+    options = Options(
+        name, numbers, norm, float(eps), return_change, checks.keeps_branch(save_branch, norm, norm_weight, h)
+    )
+    state, core_input, moved = apply(
+        options, fitted(f, h.dtype), fitted(h, h.dtype), None if e is None else fitted(e, h.dtype),
+        *(x if isinstance(x, Tensor) else None for x in factors), down, up, norm_weight, embedding,
     )  # fmt: skip
-    choose(impl, h)
-    return LoopStepOutput(*reference.loop_step(f.to(h.dtype), h, None if e is None else e.to(h.dtype), terms))
+    has_core_input = e is not None or embedding is not None or isinstance(state_scale, Tensor) or state_scale != 1.0
+    return LoopStepOutput(
+        state, core_input if has_core_input else state, moved.view(h.shape[:-1]) if return_change else None
+    )
 
 
 def choose(impl: str, h: Tensor) -> str:

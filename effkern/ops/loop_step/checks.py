@@ -7,8 +7,8 @@ from torch import Tensor
 
 OP = "loop_step"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Widest row that the Triton kernels hold in registers.
-TRITON_DIM = 8192
+# Below it, s may be too small a number to be divided by the norm's weight.
+LEAST_WEIGHT = 2.0**-60
 
 
 def check_streams(f: Tensor, h: Tensor, e: Tensor | None) -> None:
@@ -84,12 +84,32 @@ def not_covered(impl: str, h: Tensor) -> str | None:
     """The rule of an implementation that these inputs break."""
     if impl == "cpp" and h.dtype not in (torch.float32, torch.bfloat16):
         return f"float32 and bfloat16, got {h.dtype}"
-    if impl == "triton":
-        if h.dtype == torch.float64:
-            return f"float32, bfloat16 and float16, got {h.dtype}"
-        if h.shape[-1] > TRITON_DIM:
-            return f"at most D={TRITON_DIM} channels, got {h.shape[-1]}"
+    if impl == "triton" and h.dtype == torch.float64:
+        return f"float32, bfloat16 and float16, got {h.dtype}"
     return None
+
+
+def keeps_branch(save_branch: bool | None, norm: bool, weight: Tensor | None, h: Tensor) -> bool:
+    """Whether a norm's backward needs f and h: s / weight is unknown where the weight is 0.
+
+    Looked at on the CPU alone: elsewhere it is a wait. float16 has too small a range for it.
+    """
+    if not norm or weight is None:
+        return norm and bool(save_branch)
+    if not torch.is_grad_enabled():
+        return False
+    seen = not torch.compiler.is_compiling() and weight.device.type == "cpu"
+    if save_branch or (save_branch is None and (h.dtype == torch.float16 or not seen)):
+        return True
+    if not seen:
+        return False
+    least = weight.detach().abs().min().item()
+    if save_branch is None:
+        return not least >= LEAST_WEIGHT
+    if not least >= LEAST_WEIGHT:
+        rule = f"be at least {LEAST_WEIGHT:.1e} in size with save_branch=False"
+        raise ValueError(f"{OP}: norm_weight must {rule}, got {least:.3g}")
+    return False
 
 
 def _said(x: Any) -> str:
