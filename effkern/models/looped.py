@@ -100,6 +100,14 @@ class LoopedStage(nn.Module):
         state = self.first_state(stream, start)
         return self.block(stream, rope, loops=loops, step=step, mode=mode, state=state, per_layer=per_layer)
 
+    def all_states(
+        self, stream: Tensor, rope: Rope, *, loops: int | None = None, step: int | None = None
+    ) -> tuple[Tensor, ...]:
+        """h_1 .. h_L."""
+        if loops is None and not (self.training and self.samples):
+            loops = self.stage.loops
+        return self.block.all_states(stream, rope, loops=loops, step=step, state=self.first_state(stream, 0))
+
     def first_state(self, stream: Tensor, start: int) -> Tensor | None:
         """h_0 where the block shall not make it: noise of evaluation, which is the same for a position in any pass."""
         if self.training or not self.noisy:
@@ -204,3 +212,28 @@ class LoopedStack(nn.Module):
             else:
                 stream = stage(stream, rope, slots, start)
         return stream
+
+    def all_outputs(
+        self, stream: Tensor, rope: Rope, *, loops: int | Sequence[int] | None = None, step: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the stages behind the looped one make of each of its states, [L, B, T, d], and the log probabilities of
+        its gate, [L, B, T].
+
+        Raises:
+            ValueError: several stages loop.
+        """
+        looped = [i for i, stage in enumerate(self.stages) if isinstance(stage, LoopedStage)]
+        if len(looped) > 1:
+            raise ValueError(f"Decoder: stages must have one that loops for loop_outputs, got {len(looped)}")
+        count = None if loops is None else self.stages_of(self.config, loops)[looped[0]].loops
+        states: tuple[Tensor, ...] = ()
+        for stage in self.stages:
+            if isinstance(stage, LoopedStage):
+                states = stage.all_states(stream, rope, loops=count, step=step)
+                assert stage.gate is not None
+                log_probs = stage.gate(states).log_probs
+                # The states of all loops as one batch.
+                stream = torch.cat(states)
+            else:
+                stream = stage(stream, rope)
+        return stream.unflatten(0, (len(states), -1)), log_probs
