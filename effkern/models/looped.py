@@ -95,8 +95,13 @@ class LoopedStage(nn.Module):
         if cache is not None:
             assert loops is not None
             per_layer = {"cache": [cache.views(t, start) for t in range(loops)]}
-        # A loop must not store its keys twice; and without gradients there is nothing to keep.
-        mode = None if cache is None and torch.is_grad_enabled() else "autograd"
+        mode = None
+        if not torch.is_grad_enabled():
+            # There is nothing to keep, and nothing to truncate.
+            mode = "full"
+        elif cache is not None:
+            # A loop that runs again would store its keys twice.
+            mode = "autograd"
         state = self.first_state(stream, start)
         return self.block(stream, rope, loops=loops, step=step, mode=mode, state=state, per_layer=per_layer)
 
