@@ -53,7 +53,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, length, dim = x.shape
         heads = self.qkv(self.norms[0](x)).view(batch, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(*heads, is_causal=True)
+        mixed = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, dim))
         gate, up = self.gate_up(self.norms[1](x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
@@ -87,7 +87,8 @@ def inputs(a: argparse.Namespace) -> Tensor:
 def measure_memory(a: argparse.Namespace, case: str, loops: int, count: int) -> float:
     """States of one case, in a process of its own."""
     sizes = [f"--{name}={getattr(a, name)}" for name in ("dim", "batch", "length", "threads")]
-    line = runner.in_fresh_process("benchmarks.looped_modes", *sizes, f"--case={case}", f"--case-loops={loops}", f"--case-layers={count}")  # fmt: skip
+    which = [f"--case={case}", f"--case-loops={loops}", f"--case-layers={count}"]
+    line = runner.in_fresh_process("benchmarks.looped_modes", *sizes, *which)
     return float(line) / (a.batch * a.length * a.dim * 4)
 
 
@@ -119,10 +120,14 @@ def memory(a: argparse.Namespace) -> list[dict[str, Any]]:
                     "recompute_layer": loops + count + single,
                 }.get(name, TRUNCATED + once)
                 found = measure_memory(a, name, loops, count)
-                records.append({"part": "memory", "layers": count, "loops": loops, "mode": name, "states": found,
-                                "formula": formula, "one_pass": once, "per_layer": per_layer, "sums": sums})  # fmt: skip
-                print(f"k={count} L={loops:<3} {name:<16} {found:8.1f} S   formula {formula:8.1f} S   {found / formula:.3f}"
-                      f"   (M = {per_layer:.1f} S, P = {sums:.1f} S)", flush=True)  # fmt: skip
+                records.append(
+                    {
+                        "part": "memory", "layers": count, "loops": loops, "mode": name, "states": found,
+                        "formula": formula, "one_pass": once, "per_layer": per_layer, "sums": sums,
+                    }
+                )  # fmt: skip
+                print(f"k={count} L={loops:<3} {name:<16} {found:8.1f} S   formula {formula:8.1f} S   "
+                      f"{found / formula:.3f}   (M = {per_layer:.1f} S, P = {sums:.1f} S)", flush=True)  # fmt: skip
     return records
 
 
@@ -132,7 +137,10 @@ def times(a: argparse.Namespace) -> list[dict[str, Any]]:
         for loops in a.loops:
             stack, x = layers(count, a.dim), inputs(a)
             block = LoopedBlock(stack, loops)
-            variants = {name: passes(block, lambda x, name=name, block=block: block(x, mode=mode_of(name)), x) for name in MODES}  # type: ignore[misc]  # fmt: skip
+            variants = {
+                name: passes(block, lambda x, name=name, block=block: block(x, mode=mode_of(name)), x)  # type: ignore[misc]
+                for name in MODES
+            }
             records += _timed(a, variants, "time", count, loops, "full")
     return records
 
@@ -191,8 +199,8 @@ def gradient(a: argparse.Namespace) -> list[dict[str, Any]]:
             kept = LoopedBlock(core, loops, main_grad=True)
             kept(x).backward(grad)
             errors["float32 sums, kept"].append(float((weight.main_grad.double() - truth).norm() / truth.norm()))  # type: ignore[attr-defined]  # fmt: skip
-        for name, found in errors.items():
-            mean = sum(found) / len(found)
+        for name, values in errors.items():
+            mean = sum(values) / len(values)
             records.append({"part": "gradient", "loops": loops, "variant": name, "error": mean})
             print(f"L={loops:<3} {name:<20} {100 * mean:.2f} %", flush=True)
     return records

@@ -47,7 +47,9 @@ def test_fsdp(pair, mode, kind):
 def test_the_block_is_gathered_and_reduced_once_whatever_its_loops(pair, mode):
     for _, counts in (found[f"looped-fsdp-{mode}"] for found in pair):
         assert counts[0] == counts[1]
-        gathers, reductions = ([n for op, n in counts[0].items() if word in op] for word in ("gather", "reduce_scatter"))
+        gathers, reductions = (
+            [n for op, n in counts[0].items() if word in op] for word in ("gather", "reduce_scatter")
+        )
         # Three units, forward and backward; torch may keep the last one gathered.
         assert sum(reductions) == 3
         assert 3 <= sum(gathers) <= 6

@@ -1,4 +1,4 @@
-"""A CPU stand-in for CUDA graphs: operations on fixed memory, recorded once and repeated without any Python of the body.
+"""A CPU stand-in for CUDA graphs: operations on fixed memory, recorded once, repeated without the body's Python.
 
 As with a graph, numbers that Python has read are built in, memory is read and written where it was, and nothing runs
 that was not recorded. Buffers that the body has made are kept, as a graph's pool keeps them.

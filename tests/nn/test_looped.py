@@ -91,7 +91,7 @@ def test_starts_without_effect():
     """At the start every optional part leaves the plain loop, so that it can be added to a trained model."""
     core, x = Layer(), torch.randn(3, DIM, dtype=torch.float64)
     plain = LoopedBlock(core, LOOPS)(x)
-    for options in ({"conditioning": "time"}, {"conditioning": "table"}, {"conditioning": "sinusoidal"}, {"residual": "laurel", "rank": 2}):  # fmt: skip
+    for options in (*({"conditioning": kind} for kind in parts.CONDITIONINGS), {"residual": "laurel", "rank": 2}):
         made = LoopedBlock(core, LOOPS, dim=DIM, max_loops=LOOPS, dtype=torch.float64, **options)
         assert torch.equal(made(x), plain), options
     for kind in ("increment", "stream", "argument"):
@@ -343,15 +343,15 @@ def test_errors_of_the_call():
     for loops in (2.0, True, "2"):
         with pytest.raises(TypeError, match="LoopedBlock: loops must be a whole number or a sampler, got"):
             block(x, loops=loops)
-    with pytest.raises(ValueError, match=r"Truncated.loops must be at most the loops of the call, 4, got 5"):
+    with pytest.raises(ValueError, match=r"Truncated\.loops must be at most the loops of the call, 4, got 5"):
         block(x, mode=Truncated(5))
-    with pytest.raises(ValueError, match="mode must be one of .*got 'reversible'"):
+    with pytest.raises(ValueError, match=r"mode must be one of .*got 'reversible'"):
         block(x, mode="reversible")
     with pytest.raises(ValueError, match="mode must come with a list of layers as core, got 'recompute_layer'"):
         block(x, mode="recompute_layer")
     with pytest.raises(ValueError, match=r"x must have shape \(\.\.\., D=6\), got \(3, 5\)"):
         block(torch.zeros(3, 5))
-    with pytest.raises(TypeError, match="x must be a tensor of a floating dtype, got torch.int64"):
+    with pytest.raises(TypeError, match=r"x must be a tensor of a floating dtype, got torch\.int64"):
         block(torch.zeros(3, DIM, dtype=torch.long))
     with pytest.raises(ValueError, match=r"state must have x's shape \(3, 6\), got \(1, 6\)"):
         block(x, state=torch.zeros(1, DIM))

@@ -77,7 +77,8 @@ class Model(nn.Module):
     def __init__(self, mode):
         super().__init__()
         self.embed, self.head = nn.Linear(3, DIM, dtype=torch.float64), nn.Linear(DIM, 2, dtype=torch.float64)
-        self.block = randomize(LoopedBlock([Core()], 3, dim=DIM, injection="gate", norm=True, mode=mode, dtype=torch.float64))  # fmt: skip
+        options = {"dim": DIM, "injection": "gate", "norm": True, "dtype": torch.float64}
+        self.block = randomize(LoopedBlock([Core()], 3, mode=mode, **options))
 
     def forward(self, x):
         return self.head(self.block(self.embed(x)))

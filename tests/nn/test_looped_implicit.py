@@ -10,6 +10,7 @@ from tests.nn.looped_cases import DIM, AliveBytes, Layer, randomize
 from tests.numerics import rel_err
 
 SOLVERS = ["anderson", "iterate"]
+PARTS = [{}, {"norm": True}, {"residual": "euler", "substeps": 2}, {"residual": "laurel", "rank": 2}]
 
 
 class Contraction(nn.Module):
@@ -30,7 +31,7 @@ class Affine(Contraction):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("options", [{}, {"norm": True}, {"residual": "euler", "substeps": 2}, {"residual": "laurel", "rank": 2}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("options", PARTS, ids=str)
 def test_the_fixed_point_is_where_many_loops_end(options, solver):
     block = LoopedBlock(Contraction(), 3, dim=DIM, injection="add", dtype=torch.float64, **options)
     with torch.no_grad():
@@ -113,7 +114,9 @@ def test_half_precision_and_autocast():
     y.float().sum().backward()
     assert core.weight.grad.isfinite().all()
     with torch.autocast("cpu", torch.bfloat16):
-        LoopedBlock(core.float(), 1, injection="add")(x.detach().float(), mode=Implicit(backward="adjoint")).sum().backward()  # fmt: skip
+        y = LoopedBlock(core.float(), 1, injection="add")(x.detach().float(), mode=Implicit(backward="adjoint"))
+    y.sum().backward()
+    assert core.weight.grad.isfinite().all()
 
 
 def test_memory_does_not_grow_with_the_steps():
@@ -152,7 +155,10 @@ def test_errors():
             Implicit(**options)
     make = {"dim": DIM, "dtype": torch.float64, "mode": Implicit()}
     for block, message in (
-        (LoopedBlock(Layer(), 2, conditioning="table", max_loops=2, **make), "conditioning must be 'none' for Implicit"),
+        (
+            LoopedBlock(Layer(), 2, conditioning="table", max_loops=2, **make),
+            "conditioning must be 'none' for Implicit",
+        ),
         (LoopedBlock([Layer()], 2, layer_scalars="increment", max_loops=2, **make), "layer_scalars must be 'none'"),
         (LoopedBlock(Layer(), 2, loop_argument="t", **make), "loop_argument must be None for Implicit"),
         (LoopedBlock(Layer(), 2, residual="euler", **make), "substeps must be given for Implicit"),

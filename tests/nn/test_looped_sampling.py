@@ -84,5 +84,5 @@ def test_errors(make, message):
 
 
 def test_a_step_must_be_a_whole_number():
-    with pytest.raises(TypeError, match="UniformLoops: step must be a whole number, got 1.0"):
+    with pytest.raises(TypeError, match=r"UniformLoops: step must be a whole number, got 1\.0"):
         UniformLoops(1, 3).draw(1.0)

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from effkern.nn.looped import modes, parts
 from effkern.nn.looped.body import OP, Body, LoopPart, Plan
+from effkern.nn.looped.by_autograd import by_autograd
+from effkern.nn.looped.checks import check_loops, check_time_steps, require
 from effkern.nn.looped.engine import Job, run
-from effkern.nn.looped.finite import FiniteFlags
 from effkern.nn.looped.implicit import SolverReport, fixed_point
 from effkern.nn.looped.modes import Implicit, Mode, Truncated
 from effkern.nn.looped.sampling import Sampler
@@ -53,8 +53,8 @@ class LoopedBlock(nn.Module):
         residual: "none" f; "laurel" alpha f + beta h + (h A) B, of rank `rank` (0: without A and B), at the start f;
             "euler" h + dt (f - h) with dt = 1/L, 1/substeps, or the call's time_steps.
         per_channel: alpha and beta of LAuReL have D entries.
-        conditioning: c_t. "none"; "table" a learned row a loop, max_loops of them; "sinusoidal" a linear map of sines of
-            t; "time" a small network of (t, dt), dt = 1/L or the call's time_steps. 0 at the start.
+        conditioning: c_t. "none"; "table" a learned row a loop, max_loops of them; "sinusoidal" a linear map of sines
+            of t; "time" a small network of (t, dt), dt = 1/L or the call's time_steps. 0 at the start.
         max_loops: of tables.
         layer_scalars: a float32 table a_{t,i} for loop t and layer i, 1 at the start. "increment" scales what a layer
             adds, z + a (layer(z) - z); "stream" has two, layer(a z + b e), b 0 at the start, as nanochat's per-depth
@@ -116,11 +116,11 @@ class LoopedBlock(nn.Module):
         layered = isinstance(core, (list, tuple, nn.ModuleList))
         if not layered and not isinstance(core, nn.Module):
             raise TypeError(f"{OP}: core must be a module or a list of layers, got {type(core).__name__}")
-        layers = list(core) if layered else [core]  # type: ignore[arg-type]
-        _require("core", f"{len(layers)} layers", bool(layers), "have at least one layer")
+        layers: list[Any] = list(core) if isinstance(core, (list, tuple, nn.ModuleList)) else [core]
+        require("core", f"{len(layers)} layers", bool(layers), "have at least one layer")
         modes.check_mode(mode, OP)
         if not isinstance(loops, Sampler):
-            _check_loops(loops)
+            check_loops(loops)
         for name, value, known in (
             ("init", init, parts.STARTS),
             ("injection", injection, parts.INJECTIONS),
@@ -128,27 +128,27 @@ class LoopedBlock(nn.Module):
             ("conditioning", conditioning, parts.CONDITIONINGS),
             ("layer_scalars", layer_scalars, parts.SCALARS),
         ):
-            _require(name, value, value in known, f"be one of {known}")
+            require(name, value, value in known, f"be one of {known}")
         if max_loops is not None:
-            _require("max_loops", max_loops, type(max_loops) is int and max_loops >= 1, "be at least 1")
+            require("max_loops", max_loops, type(max_loops) is int and max_loops >= 1, "be at least 1")
         wide = {
             "init": init == "learned", "injection": injection in ("linear", "gate", "convex"),
             "residual": residual == "laurel", "conditioning": conditioning != "none", "norm": norm is True,
         }  # fmt: skip
         for name, needed in wide.items():
-            _require("dim", dim, not needed or (type(dim) is int and dim >= 1), f"be given for this {name}")
+            require("dim", dim, not needed or (type(dim) is int and dim >= 1), f"be given for this {name}")
         for name, needed in (("conditioning", conditioning == "table"), ("layer_scalars", layer_scalars != "none")):
-            _require("max_loops", max_loops, not needed or max_loops is not None, f"be given for this {name}")
+            require("max_loops", max_loops, not needed or max_loops is not None, f"be given for this {name}")
         if layer_scalars != "none":
-            _require("core", "one module", layered, "be a list of layers for layer_scalars")
+            require("core", "one module", layered, "be a list of layers for layer_scalars")
         if residual == "laurel" and dim is not None:
-            _require("rank", rank, type(rank) is int and 0 <= rank <= dim, f"lie in [0, D={dim}]")
+            require("rank", rank, type(rank) is int and 0 <= rank <= dim, f"lie in [0, D={dim}]")
         if substeps is not None:
-            _require("substeps", substeps, residual == "euler", 'come with residual="euler"')
-            _require("substeps", substeps, type(substeps) is int and substeps >= 1, "be at least 1")
+            require("substeps", substeps, residual == "euler", 'come with residual="euler"')
+            require("substeps", substeps, type(substeps) is int and substeps >= 1, "be at least 1")
         if mode == modes.RECOMPUTE_LAYER:
-            _require("mode", mode, layered, "come with a list of layers as core")
-        self.core = nn.ModuleList(layers) if layered else core
+            require("mode", mode, layered, "come with a list of layers as core")
+        self.core: nn.Module = nn.ModuleList(layers) if layered else layers[0]
         self.layered, self.loops, self.dim, self.mode, self.seed = layered, loops, dim, mode, seed
         self.max_loops, self.substeps = max_loops, substeps
         self.norm_eps, self.check_finite, self.main_grad, self.loop_argument = (
@@ -259,7 +259,7 @@ class LoopedBlock(nn.Module):
         mode = self.mode if mode is None else mode
         modes.check_mode(mode, OP)
         if mode == modes.RECOMPUTE_LAYER:
-            _require("mode", mode, self.layered, "come with a list of layers as core")
+            require("mode", mode, self.layered, "come with a list of layers as core")
         if isinstance(mode, Implicit):
             self._check_implicit(all_states, time_steps, per_layer)
             count = 1
@@ -267,13 +267,13 @@ class LoopedBlock(nn.Module):
             count = self._count(loops, step)
         if isinstance(mode, Truncated) and mode.loops > count:
             raise ValueError(f"{OP}: Truncated.loops must be at most the loops of the call, {count}, got {mode.loops}")
-        if loops is None and self.training and isinstance(self.loops, Sampler) and mode in (modes.FULL, modes.RECOMPUTE):
-            if self.loops.with_gradient is not None:
-                mode = Truncated(min(self.loops.with_gradient, count), recompute=mode == modes.RECOMPUTE)
+        if loops is None and self.training and mode in (modes.FULL, modes.RECOMPUTE):
+            last = self.loops.with_gradient if isinstance(self.loops, Sampler) else None
+            mode = mode if last is None else Truncated(min(last, count), recompute=mode == modes.RECOMPUTE)
         h = self._first_state(x, state)
         plan = self._plan(x, args, kwargs, count, time_steps, per_layer)
         body = self._body(plan)
-        owner = nn.ModuleList([self.core, *([self.norm] if body.norm_module is not None else [])])
+        owner = self._owner()
         if isinstance(mode, Implicit):
             body = body._replace(carries_state=True)
             job = Job(body, plan, False, False, 0, False, owner, self.main_grad, self._verified)
@@ -286,11 +286,11 @@ class LoopedBlock(nn.Module):
         )
         if mode == modes.AUTOGRAD:
             # What has second derivatives.
-            return _by_autograd(job._replace(body=body._replace(impl="reference")), h, again=False)
+            return by_autograd(job._replace(body=body._replace(impl="reference")), h, again=False)
         if torch.compiler.is_compiling() or self._sharded_inside():
             if self.main_grad:
                 raise NotImplementedError(f"{OP}: main_grad needs an eager block whose core is no unit of FSDP")
-            return _by_autograd(job, h, again=not keep)
+            return by_autograd(job, h, again=not keep)
         return run(job, h)
 
     def _count(self, loops: int | None, step: int | None) -> int:
@@ -303,10 +303,16 @@ class LoopedBlock(nn.Module):
                 raise ValueError(f"{OP}: step must be given in training, as loops are drawn from it, got None")
             else:
                 loops = self.loops.in_evaluation
-        _check_loops(loops)
+        check_loops(loops)
         if self.max_loops is not None and loops > self.max_loops:
             raise ValueError(f"{OP}: loops must be at most max_loops={self.max_loops}, got {loops}")
         return loops
+
+    def _owner(self) -> nn.Module:
+        """Of the parameters that run inside a loop: the core, and the norm if it is a module of the user's."""
+        if self.norm is None or isinstance(self.norm, parts.LoopNorm):
+            return nn.ModuleList([self.core])
+        return nn.ModuleList([self.core, self.norm])
 
     def _check_implicit(self, all_states: bool, time_steps: Any, per_layer: Any) -> None:
         """A fixed point is that of one map."""
@@ -317,9 +323,9 @@ class LoopedBlock(nn.Module):
             ("time_steps", time_steps, None),
             ("per_layer", per_layer, None),
         ):
-            _require(name, value, value == plain, f"be {plain!r} for Implicit, as all loops are one map")
+            require(name, value, value == plain, f"be {plain!r} for Implicit, as all loops are one map")
         if self.residual.kind == "euler":
-            _require("substeps", self.substeps, self.substeps is not None, "be given for Implicit")
+            require("substeps", self.substeps, self.substeps is not None, "be given for Implicit")
         if all_states:
             raise ValueError(f"{OP}: mode must have loops for all_states, got Implicit")
 
@@ -341,7 +347,7 @@ class LoopedBlock(nn.Module):
         time_steps: Sequence[float] | None, per_layer: dict[str, Any] | None,
     ) -> Plan:  # fmt: skip
         timed = self.conditioning.kind == "time" or self.residual.kind == "euler"
-        steps = None if time_steps is None else _check_time_steps(time_steps, count, timed)
+        steps = None if time_steps is None else check_time_steps(time_steps, count, timed)
         shared = {"args": args, "kwargs": kwargs, **self.injection.terms(x), **self.residual.terms()}
         if isinstance(self.norm, parts.LoopNorm):
             shared["norm_weight"] = self.norm.weight
@@ -377,7 +383,7 @@ class LoopedBlock(nn.Module):
 
     def _body(self, plan: Plan) -> Body:
         fused = isinstance(self.norm, parts.LoopNorm)
-        layers = list(self.core) if self.layered else []  # type: ignore[arg-type]
+        layers = list(self.core) if isinstance(self.core, nn.ModuleList) and self.layered else []
         return Body.of(
             plan, core=None if self.layered else self.core, layers=layers, norm_module=None if fused else self.norm,
             norm=fused, eps=self.norm_eps, scalar_use=self.layer_scalars.kind, loop_argument=self.loop_argument,
@@ -386,50 +392,10 @@ class LoopedBlock(nn.Module):
 
     def _sharded_inside(self) -> bool:
         """Whether FSDP gathers the core, or parts of it, on its own."""
-        kinds = []
-        for module, name in (("torch.distributed.fsdp", "FSDPModule"), ("torch.distributed.fsdp", "FullyShardedDataParallel")):  # fmt: skip
-            if module in sys.modules:
-                kinds.append(getattr(sys.modules[module], name))
-        return bool(kinds) and any(isinstance(m, tuple(kinds)) for m in self.core.modules())
+        fsdp = sys.modules.get("torch.distributed.fsdp")
+        if fsdp is None:
+            return False
+        return any(isinstance(m, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)) for m in self.core.modules())
 
     def extra_repr(self) -> str:
         return f"loops={self.loops}, mode={self.mode!r}"
-
-
-def _by_autograd(job: Job, carry: Tensor, again: bool) -> tuple[Tensor, ...]:
-    """The loops in torch's own graph; recompute by its checkpoint."""
-    flags, states, total = FiniteFlags(job.body.check_finite), [], len(job.plan.loops)
-    for t in range(total):
-        if t < job.first:
-            with torch.no_grad():
-                state, carry = job.loop(job.plan, t, carry)
-        elif again and torch.is_grad_enabled():
-            state, carry = checkpoint(job.loop, job.plan, t, carry, job.by_layer, use_reentrant=False)
-        else:
-            state, carry = job.loop(job.plan, t, carry)
-        flags.add(state)
-        if job.all_states or t + 1 == total:
-            states.append(state)
-    flags.check()
-    return tuple(states)
-
-
-def _check_loops(loops: object) -> None:
-    if type(loops) is not int:
-        raise TypeError(f"{OP}: loops must be a whole number or a sampler, got {loops!r}")
-    if loops < 1:
-        raise ValueError(f"{OP}: loops must be at least 1, got {loops}")
-
-
-def _check_time_steps(time_steps: Sequence[float], count: int, timed: bool) -> list[float]:
-    steps = [float(s) for s in time_steps]
-    _require("time_steps", time_steps, timed, 'come with conditioning="time" or residual="euler"')
-    _require("time_steps", time_steps, len(steps) == count, f"have one entry for each of {count} loops")
-    _require("time_steps", time_steps, all(s > 0 for s in steps), "be positive")
-    _require("time_steps", time_steps, abs(sum(steps) - 1) < 1e-4, "have the sum 1")
-    return steps
-
-
-def _require(name: str, value: object, holds: bool, rule: str) -> None:
-    if not holds:
-        raise ValueError(f"{OP}: {name} must {rule}, got {value!r}")

@@ -26,7 +26,7 @@ class Plan(NamedTuple):
     """All that a call's loops read besides the carried tensor and the parameters of core and norm: nested tensors."""
 
     shared: Shared
-    """args, kwargs; e, state_scale, input_scale, mix; alpha, beta, low_rank; norm_weight; x0. Absent ones are not there."""
+    """args, kwargs; e, state_scale, input_scale, mix; alpha, beta, low_rank; norm_weight; x0. Each if it is there."""
     loops: list[LoopPart]
     """embedding, scalars, each (a dict of keyword arguments for every layer); alpha and beta that change."""
 
@@ -43,11 +43,9 @@ class Body(NamedTuple):
     scalar_use: str
     loop_argument: str | None
     check_finite: bool
-    carries_state: bool
+    carries_state: bool = True
     """h_t is what goes from loop to loop, and not x_t."""
-    injects: bool
-    """x_t is not h_t."""
-    only_adds: bool
+    only_adds: bool = False
     """x_t is h_t + e, and no norm or residual comes before: torch's own sum, which copies no gradient, is best then."""
     impl: str = "auto"
     """Of loop_step."""
@@ -61,7 +59,7 @@ class Body(NamedTuple):
         injects = bool({"e", "state_scale"} & shared) or "embedding" in own
         others = {"state_scale", "alpha", "beta", "low_rank", "norm_weight", "mix", "embedding"}
         only_adds = "e" in shared and not others & (shared | own)
-        return cls(**fixed, carries_state=uses_h or not injects, injects=injects, only_adds=only_adds)
+        return cls(**fixed, carries_state=uses_h or not injects, only_adds=only_adds)
 
     def enter(self, plan: Plan, t: int, h: Tensor) -> Tensor:
         """x_t of h_t."""
@@ -69,11 +67,12 @@ class Body(NamedTuple):
         if "mix" in shared:
             x = torch.nn.functional.linear(h, shared["mix"].to(h.dtype)) + shared["e"]
             return x if "embedding" not in part else x + part["embedding"].to(x.dtype)
-        if not self.injects:
+        entering = _entering(shared, part)
+        if not entering:
             return h
         if self.only_adds:
             return h + shared["e"]
-        return loop_step(h, h, impl=self.impl, **_entering(shared, part)).core_input
+        return loop_step(h, h, impl=self.impl, **entering).core_input
 
     def loop(
         self, plan: Plan, t: int, carry: Tensor, *, start: bool = True, stop: bool = True, by_layer: bool = False

@@ -187,7 +187,7 @@ class _Loops(torch.autograd.Function):
         tensors, params, carries = list(saved[:count]), ctx.params, saved[count:]
         total, by_state = len(job.plan.loops), list(grads)
         if not job.all_states:
-            by_state = [None] * (total - 1) + by_state
+            by_state[:0] = [None] * (total - 1)
         sums = Sums(count, params, job.main_grad)
         if job.keep:
             proxies, tracked = ctx.proxies, None
@@ -241,9 +241,7 @@ def _through(
     if not job.verified:
         check_captured(outputs, [*own, *read, *params])
         job.verified.append(True)
-    found = torch.autograd.grad(
-        outputs, [*own, *read, *params], arriving, retain_graph=keep_graph, allow_unused=True
-    )
+    found = torch.autograd.grad(outputs, [*own, *read, *params], arriving, retain_graph=keep_graph, allow_unused=True)
     sums.add(places, list(found[len(own) :]))
     return found[0] if own else None
 

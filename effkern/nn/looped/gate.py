@@ -73,7 +73,7 @@ class ExitGate(nn.Module):
 
 
 def exit_log_probs(logits: Tensor) -> Tensor:
-    """log p_t of z_t, both [L, ...]: log sigmoid(z_t) + sum_{j<t} log sigmoid(-z_j), without the first term at t = L."""
+    """log p_t of z_t, both [L, ...]: log sigmoid(z_t), but for the last t, plus sum_{j<t} log sigmoid(-z_j)."""
     going_on = nn.functional.logsigmoid(-logits[:-1]).cumsum(0)
     reached = torch.cat([torch.zeros_like(logits[:1]), going_on])
     return reached + torch.cat([nn.functional.logsigmoid(logits[:-1]), torch.zeros_like(logits[:1])])

@@ -93,7 +93,6 @@ class GraphedLoops(nn.Module):
         recorded.check_in_place()
         shared, rows = layout.tensors(plan)
         flat_rows = [x for row in rows for x in row]
-        graph = torch.is_grad_enabled()
         # Without a graph nothing is kept.
         where = (recorded, count, len(shared), torch.is_grad_enabled())
         return _Replays.apply(*where, start, *shared, *flat_rows, *recorded.params)
@@ -140,7 +139,7 @@ class _Recorded:
         self.block, self.body, self.recorder, self.autocast = block, body, recorder, autocast
         # A cast that was cached before the recording would never be made again.
         autocast.cache = False
-        owner = nn.ModuleList([block.core, *([block.norm] if body.norm_module is not None else [])])
+        owner = block._owner()
         self.params = [p for p in owner.parameters() if p.requires_grad]
         self.every = list(owner.parameters())
         self.addresses = [p.data_ptr() for p in self.every]

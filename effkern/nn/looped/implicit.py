@@ -111,7 +111,7 @@ def _iterate(f: Map, h: Tensor, steps: int, tol: float) -> Solution:
 
 
 def _anderson(f: Map, start: Tensor, steps: int, tol: float, memory: int, ridge: float) -> Solution:
-    """Each row's next iterate mixes its last m values of f, weights a with sum 1 and the least ||sum_i a_i (f_i - h_i)||.
+    """Each row's next iterate mixes its last m values of f: weights a of sum 1, the least ||sum_i a_i (f_i - h_i)||.
 
     (G G^T + ridge max_i ||g_i||^2) a ~ 1, in float64 from products in float32.
     """

@@ -26,7 +26,8 @@ class FullPrecision(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # Copies of the gradients, as those are cast in place.
-        before = {n: (p.detach(), None if p.grad is None else p.grad.clone()) for n, p in self._parameters.items() if p is not None}  # fmt: skip
+        mine = {n: p for n, p in self._parameters.items() if p is not None}
+        before = {n: (p.detach(), None if p.grad is None else p.grad.clone()) for n, p in mine.items()}
         super()._apply(fn, recurse)
         for name, p in self._parameters.items():
             if p is not None and p.dtype in (torch.bfloat16, torch.float16):
@@ -108,7 +109,8 @@ class Injection(FullPrecision):
         self.state_scale = self.input_scale = self.gate = None
 
         def vector() -> nn.Parameter:
-            return nn.Parameter(torch.empty(dim, device=device, dtype=torch.float32))  # type: ignore[call-overload]
+            assert dim is not None
+            return nn.Parameter(torch.empty(dim, device=device, dtype=torch.float32))
 
         if kind == "linear":
             assert dim is not None
@@ -229,7 +231,7 @@ class Conditioning(nn.Module):
         if self.table is not None:
             return list(self.table[:loops].unbind(0))
         assert self.outer is not None
-        where = {"device": like.device, "dtype": torch.float32}
+        where: dict[str, Any] = {"device": like.device, "dtype": torch.float32}
         weight = self.outer.weight
         if self.inner is None:
             return list(self.outer(features(torch.arange(loops, **where)).to(weight.dtype)).unbind(0))
