@@ -131,6 +131,15 @@ def test_all_states_and_losses_on_them(injection, mode):
     compare(torch.autograd.grad(first.sum(), leaves), torch.autograd.grad(by_hand(block, x, 1)[0].sum(), leaves), 1e-12)
 
 
+def test_states_before_a_truncated_gradient_have_none():
+    block, x = block_of(), torch.randn(3, DIM, dtype=torch.float64, requires_grad=True)
+    for recompute in (True, False):
+        states = block.all_states(x, mode=Truncated(2, recompute=recompute))
+        assert [h.requires_grad for h in states] == [False, False, True, True]
+        want = by_hand(block, x, LOOPS)
+        assert all(rel_err(a, b.detach()) < 1e-13 for a, b in zip(states, want))
+
+
 def test_step_by_step_is_the_same():
     block = block_of(injection="gate", conditioning="table", max_loops=LOOPS, residual="laurel", rank=2, norm=True)
     x = torch.randn(3, 5, DIM, dtype=torch.float64)

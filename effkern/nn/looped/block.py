@@ -275,6 +275,8 @@ class LoopedBlock(nn.Module):
         body = self._body(plan)
         owner = self._owner()
         if isinstance(mode, Implicit):
+            if torch.compiler.is_compiling() or self._sharded_inside():
+                raise NotImplementedError(f"{OP}: Implicit needs an eager block whose core is no unit of FSDP")
             body = body._replace(carries_state=True)
             job = Job(body, plan, False, False, 0, False, owner, self.main_grad, self._verified)
             fixed, self.last_solution = fixed_point(job, h, mode)

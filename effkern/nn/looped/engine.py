@@ -170,6 +170,8 @@ class _Loops(torch.autograd.Function):
         for state in states:
             outputs.append(state.view_as(state) if id(state) in seen else state)
             seen.add(id(state))
+        if job.all_states:
+            ctx.mark_non_differentiable(*outputs[: job.first])
         return tuple(outputs)
 
     @staticmethod

@@ -14,12 +14,12 @@ class RandomStates:
     def __init__(self, devices: list[torch.device]) -> None:
         self.devices = devices
         self.cpu = torch.get_rng_state()
-        self.others = [_module(d).get_rng_state(d) for d in devices]
+        self.others = [_module(d).get_rng_state(*_which(d)) for d in devices]
 
     def restore(self) -> None:
         torch.set_rng_state(self.cpu)
         for device, state in zip(self.devices, self.others):
-            _module(device).set_rng_state(state, device)
+            _module(device).set_rng_state(state, *_which(device))
 
     def equals(self, other: "RandomStates") -> bool:
         mine, others = (self.cpu, *self.others), (other.cpu, *other.others)
@@ -28,6 +28,11 @@ class RandomStates:
 
 def _module(device: torch.device) -> Any:
     return getattr(torch, device.type)
+
+
+def _which(device: torch.device) -> tuple[torch.device, ...]:
+    """There is one MPS device only, and its functions do not ask for it."""
+    return () if device.type == "mps" else (device,)
 
 
 def devices_of(tensors: list[Tensor]) -> list[torch.device]:
