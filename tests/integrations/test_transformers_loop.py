@@ -190,17 +190,16 @@ def test_dropout_is_repeated_in_backward():
 
 
 def test_gradients_in_bfloat16_are_summed_in_float32():
-    """The error of the shared weights' gradient does not grow with the loops; that of autograd's own sum does."""
+    """24 visits of a layer: nearer to float64 than autograd, which rounds its sum after each."""
     ids, errors = tokens(2, 12), {}
-    for loops in (2, 24):
-        for mode in ("recompute", "autograd"):
-            torch.manual_seed(1)
-            model = decoder("Llama", num_hidden_layers=3).bfloat16()
-            truth = step(loop_layers(copy.deepcopy(model).double(), 1, 2, loops, damping=loops), ids)[1]
-            grads = step(loop_layers(model, 1, 2, loops, damping=loops, mode=mode), ids)[1]
-            names = [n for n in truth if ".layers.1." in n and "proj" in n]
-            errors[mode, loops] = sum(rel_err(grads[n], truth[n]) for n in names) / len(names)
-    assert errors["recompute", 24] < errors["autograd", 24]
+    for mode in ("recompute", "full", "autograd"):
+        torch.manual_seed(1)
+        model = decoder("Llama", num_hidden_layers=3).bfloat16()
+        truth = step(loop_layers(copy.deepcopy(model).double(), 1, 2, 24, damping=24), ids)[1]
+        grads = step(loop_layers(model, 1, 2, 24, damping=24, mode=mode), ids)[1]
+        names = [n for n in truth if ".layers.1." in n and "proj" in n]
+        errors[mode] = sum(rel_err(grads[n], truth[n]) for n in names) / len(names)
+    assert errors["recompute"] == errors["full"] < errors["autograd"]
 
 
 def test_the_state_dict_and_everything_else_comes_back():
