@@ -76,7 +76,7 @@ class PlainStack(nn.Module):
         return config.num_layers
 
     @classmethod
-    def products(cls, config: DecoderConfig) -> float:
+    def products(cls, config: DecoderConfig, loops: int | Sequence[int] | None = None) -> float:
         """Weights that a token meets in one forward pass: half its FLOPs, attention's pairs apart."""
         return cls.count(config) / config.num_layers * cls.applications(config)
 

@@ -1,7 +1,7 @@
 """The decoder: tokens in, hidden states out; the loss op meets the head's weight."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,15 @@ from effkern.models.layers import Projection, RMSNorm, TokenEmbedding, fill_para
 from effkern.models.parts import STACKS
 from effkern.models.rope import rope_table
 from effkern.models.stages import Stage
+
+
+class LoopOutputs(NamedTuple):
+    """See Decoder.loop_outputs."""
+
+    hidden: Tensor
+    """[L, B, T, d]."""
+    log_probs: Tensor
+    """log p_t of an exit after loop t, [L, B, T]."""
 
 
 class Decoder(nn.Module):
@@ -86,6 +95,20 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.length += length
         return self.norm(stream)
+
+    def loop_outputs(
+        self, tokens_BT: Tensor, *, loops: int | Sequence[int] | None = None, step: int | None = None
+    ) -> LoopOutputs:
+        """Hidden states after the last norm had the decoder stopped after loop t, for t = 1 .. L, and the gate's exits.
+
+        Raises:
+            ValueError: the decoder has no exit gate, or several looped stages; see also forward.
+        """
+        if not self.config.loop.exit_gate:
+            raise ValueError(f"Decoder: loop.exit_gate must be True for loop_outputs, got {self.config.loop.exit_gate}")
+        stream, rope = self.embed(tokens_BT, 0)
+        hidden, log_probs = self.stack.all_outputs(stream, rope, loops=loops, step=step)
+        return LoopOutputs(self.norm(hidden), log_probs)
 
     def embed(self, tokens_BT: Tensor, start: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The stream before the first block, and the rotations, of positions from `start` on.

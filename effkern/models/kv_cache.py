@@ -119,7 +119,7 @@ class _Full:
         if self.start == 0 or self.rows.write is not None or key.requires_grad:
             # Behind an empty past the new keys are all there are; a row that has exited keeps its old ones; and
             # gradients go through the new ones alone.
-            return _behind(self.layer.read(self.start, self.rows), key, value, self.start)
+            return _behind((self.layer.read(self.start, self.rows),), key, value, self.start)
         stop, rows = self.start + key.shape[2], self.rows
         if rows.compute is not None and rows.span is not None and key.shape[2] == 1:
             first, end = rows.span
@@ -137,18 +137,20 @@ class _Window:
 
     def extend(self, key: Tensor, value: Tensor) -> Extended:
         near = min(self.start, self.ring.keys.shape[2])
-        old, new = self.shared.read(self.start - near, self.rows), self.ring.read(near, self.rows)
-        keys, values = (torch.cat(pair, dim=2) for pair in zip(old, new))
-        extended = _behind((keys, values), key, value, self.start)
+        past = (self.shared.read(self.start - near, self.rows), self.ring.read(near, self.rows))
+        extended = _behind(past, key, value, self.start)
         self.shared.write(self.start, key, value, self.rows)
         self.ring.write(self.start, key, value, self.rows)
         return extended
 
 
-def _behind(past: tuple[Tensor, Tensor], key: Tensor, value: Tensor, length: int) -> Extended:
+def _behind(past: tuple[tuple[Tensor, Tensor], ...], key: Tensor, value: Tensor, length: int) -> Extended:
+    """New keys and values behind parts of earlier ones, `length` positions together."""
     if length == 0:
         return Extended(key, value, 0)
-    keys, values = (torch.cat((old.to(new.dtype), new), dim=2) for old, new in zip(past, (key, value)))
+    keys, values = (
+        torch.cat([*(part[i].to(new.dtype) for part in past), new], dim=2) for i, new in enumerate((key, value))
+    )
     return Extended(keys, values, length)
 
 
@@ -160,14 +162,15 @@ class StageCache:
     ) -> None:
         self.stage, self.policy = stage, policy
         batch, heads, _, width = shape
-        make = {"device": device, "dtype": dtype}
+        slots, rings = policy.num_slots(stage.loops), policy.num_rings(stage.loops)
+        full = (slots, stage.layers, *shape)
+        near = (rings, stage.layers, batch, heads, policy.size, width)
         # Keys and values, [slot, layer, B, K, positions, D].
-        self._full = [torch.zeros(policy.num_slots(stage.loops), stage.layers, *shape, **make) for _ in range(2)]
-        ring = (policy.num_rings(stage.loops), stage.layers, batch, heads, policy.size, width)
-        self._near = [torch.zeros(ring, **make) for _ in range(2)]
+        self._full = [torch.zeros(full, device=device, dtype=dtype) for _ in range(2)]
+        self._near = [torch.zeros(near, device=device, dtype=dtype) for _ in range(2)]
         layers = range(stage.layers)
-        self.slots = [[LayerCache(*(x[s, i] for x in self._full)) for i in layers] for s in range(len(self._full[0]))]
-        self.rings = [[Ring(*(x[s, i] for x in self._near)) for i in layers] for s in range(len(self._near[0]))]
+        self.slots = [[LayerCache(*(x[s, i] for x in self._full)) for i in layers] for s in range(slots)]
+        self.rings = [[Ring(*(x[s, i] for x in self._near)) for i in layers] for s in range(rings)]
 
     @property
     def layers(self) -> list[LayerCache]:

@@ -45,7 +45,10 @@ class LoopConfig:
     max_loops: int = 0
     """Largest number of a call and of tables; 0: as many as can be drawn, no limit without tables."""
     exit_gate: bool = False
-    """A probability to exit after each loop: sigmoid(w . h + b) of the state."""
+    """A probability to exit after each loop: sigmoid(w . h + b) of the state (effkern.nn.ExitGate)."""
+    exit_beta: float = 0.0
+    """With exit_gate training minimises the expected loss over loops - exit_beta * entropy of the exits, in nats; it
+    must then be positive."""
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -62,6 +65,9 @@ class LoopConfig:
             value = getattr(self, name)
             self._require(name, type(value) is int and value >= 0, "be a whole number of at least 0")
         self._require("sigma", 0 <= self.sigma <= 10, "lie in [0, 10]")
+        self._require("exit_beta", self.exit_beta >= 0, "be at least 0")
+        if self.exit_beta:
+            self._require("exit_beta", self.exit_gate, "be 0 without exit_gate")
         self._require("rank", self.rank == 0 or self.residual == "laurel", 'be 0 without residual = "laurel"')
         if self.mode == "truncated":
             self._require("gradient_loops", self.gradient_loops >= 1, 'be at least 1 for mode = "truncated"')

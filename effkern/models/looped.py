@@ -95,10 +95,23 @@ class LoopedStage(nn.Module):
         if cache is not None:
             assert loops is not None
             per_layer = {"cache": [cache.views(t, start) for t in range(loops)]}
-        # A loop must not store its keys twice; and without gradients there is nothing to keep.
-        mode = None if cache is None and torch.is_grad_enabled() else "autograd"
+        mode = None
+        if not torch.is_grad_enabled():
+            # There is nothing to keep, and nothing to truncate.
+            mode = "full"
+        elif cache is not None:
+            # A loop that runs again would store its keys twice.
+            mode = "autograd"
         state = self.first_state(stream, start)
         return self.block(stream, rope, loops=loops, step=step, mode=mode, state=state, per_layer=per_layer)
+
+    def all_states(
+        self, stream: Tensor, rope: Rope, *, loops: int | None = None, step: int | None = None
+    ) -> tuple[Tensor, ...]:
+        """h_1 .. h_L."""
+        if loops is None and not (self.training and self.samples):
+            loops = self.stage.loops
+        return self.block.all_states(stream, rope, loops=loops, step=step, state=self.first_state(stream, 0))
 
     def first_state(self, stream: Tensor, start: int) -> Tensor | None:
         """h_0 where the block shall not make it: noise of evaluation, which is the same for a position in any pass."""
@@ -181,13 +194,13 @@ class LoopedStack(nn.Module):
         """How often a block runs in one forward pass."""
         return sum(stage.applications for stage in parse_stages(config.loop.stages))
 
-    @staticmethod
-    def products(config: DecoderConfig) -> float:
+    @classmethod
+    def products(cls, config: DecoderConfig, loops: int | Sequence[int] | None = None) -> float:
         """Weights that a token meets in one forward pass."""
-        stages = parse_stages(config.loop.stages)
+        stages = cls.stages_of(config, loops)
         per_layer = sum(Block.count(config, i) for i in range(config.num_layers)) / config.num_layers
-        own = sum(LoopedStage.own_products(config, stage) for stage in stages if stage.looped)
-        return per_layer * sum(stage.applications for stage in stages) + own
+        own = [LoopedStage.own_products(config, now) for now, s in zip(stages, cls.stages_of(config)) if s.looped]
+        return per_layer * sum(stage.applications for stage in stages) + sum(own)
 
     def forward(
         self, stream: Tensor, rope: Rope, cache: KVCache | None = None,
@@ -204,3 +217,28 @@ class LoopedStack(nn.Module):
             else:
                 stream = stage(stream, rope, slots, start)
         return stream
+
+    def all_outputs(
+        self, stream: Tensor, rope: Rope, *, loops: int | Sequence[int] | None = None, step: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the stages behind the looped one make of each of its states, [L, B, T, d], and the log probabilities of
+        its gate, [L, B, T].
+
+        Raises:
+            ValueError: several stages loop.
+        """
+        looped = [i for i, stage in enumerate(self.stages) if isinstance(stage, LoopedStage)]
+        if len(looped) > 1:
+            raise ValueError(f"Decoder: stages must have one that loops for loop_outputs, got {len(looped)}")
+        count = None if loops is None else self.stages_of(self.config, loops)[looped[0]].loops
+        states: tuple[Tensor, ...] = ()
+        for stage in self.stages:
+            if isinstance(stage, LoopedStage):
+                states = stage.all_states(stream, rope, loops=count, step=step)
+                assert stage.gate is not None
+                log_probs = stage.gate(states).log_probs
+                # The states of all loops as one batch.
+                stream = torch.cat(states)
+            else:
+                stream = stage(stream, rope)
+        return stream.unflatten(0, (len(states), -1)), log_probs

@@ -62,6 +62,21 @@ def activation_bytes(model: DecoderConfig, tokens: int, dtype: torch.dtype) -> i
     return tokens * (_kept_blocks(model, block) + d * (8 + a))
 
 
+def _training_flops(model: DecoderConfig, seq_len: int) -> float:
+    """FLOPs a token, forward and backward: with drawn loops those of their mean, backward only through loops that have
+    a gradient."""
+    if model.stack != "looped":
+        return 3.0 * forward_flops(model, seq_len).total
+    loop, stages = model.loop, parse_stages(model.loop.stages)
+    ran = [min(round(loop.mean_loops(s)), loop.max_loops or s.loops + 1) if s.looped else 1 for s in stages]
+    back = [min(loops, loop.gradient_loops or loops) for loops in ran]
+
+    def forward(counts: list[int]) -> float:
+        return forward_flops(model, seq_len, [n for n, s in zip(counts, stages) if s.looped]).total
+
+    return forward(ran) + 2.0 * forward(back)
+
+
 def _kept_blocks(model: DecoderConfig, block: int) -> int:
     """Bytes a token of all blocks: those of a stage that runs again count once, beside the inputs of its loops."""
     if model.stack != "looped":
@@ -100,7 +115,7 @@ def estimate(config: TrainConfig, dtype: torch.dtype, teacher: DecoderConfig | N
         autocast_copies=copies,
         activations=activation_bytes(config.model, config.data.micro_rows * config.data.seq_len, dtype),
         teacher_weights=4 * count_parameters(teacher) if teacher is not None and stage_one else 0,
-        student_flops=3.0 * forward_flops(config.model, config.data.seq_len).total * tokens,
+        student_flops=_training_flops(config.model, config.data.seq_len) * tokens,
         teacher_flops=forward_flops(teacher, config.data.seq_len).total * teacher_tokens
         if teacher is not None
         else 0.0,

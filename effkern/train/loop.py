@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from effkern.data import BatchOrder, PackedDataset, val_batches
-from effkern.models import Block, Decoder, LoopedStack, count_parameters
+from effkern.models import Block, Decoder, LoopedStack, count_parameters, parse_stages
 from effkern.models.layers import generator_for
 from effkern.train.cached_teacher import CachedTeacher
 from effkern.train.checkpoint import CheckpointError, load_newest, save_checkpoint, set_aside
@@ -75,8 +75,7 @@ class Trainer:
                 f"model.vocab_size must be at least {self.dataset.vocab_size} for {config.data.path}, "
                 f"got {config.model.vocab_size}"
             )
-        if config.model.loop.exit_gate:
-            raise ValueError("model.loop.exit_gate must be False, as no loss here trains the gate, got True")
+        _check_gate(config)
         self.inputs = Inputs.of(self.dataset)
         self.order = BatchOrder(
             self.dataset, seq_len=config.data.seq_len, batch_size=config.data.batch_size, seed=config.data.seed
@@ -267,6 +266,16 @@ class Trainer:
 
                 plot_run(records, self.out / "curves.png")
         return result
+
+
+def _check_gate(config: TrainConfig) -> None:
+    loop, mode = config.model.loop, config.schedule.mode
+    if loop.exit_gate and not loop.exit_beta:
+        raise ValueError(f"model.loop.exit_beta must be positive to train an exit gate, got {loop.exit_beta}")
+    if loop.exit_gate and sum(stage.looped for stage in parse_stages(loop.stages)) > 1:
+        raise ValueError(f"model.loop.stages must have one looped stage to train an exit gate, got {loop.stages!r}")
+    if loop.exit_gate and mode != "baseline":
+        raise ValueError(f"schedule.mode must be baseline to train an exit gate, got {mode!r}")
 
 
 def compiled(model: Decoder) -> Any:

@@ -12,6 +12,7 @@ from effkern.ops.distill import TeacherHidden, TeacherTopK, linear_distill_loss
 from effkern.train.cached_teacher import StepLabels
 from effkern.train.config import TrainConfig
 from effkern.train.device import autocast
+from effkern.train.exit_loss import exit_loss
 from effkern.train.timing import StepTimer
 
 IGNORE = -100
@@ -22,7 +23,7 @@ class StepResult:
     """Means over the supervised tokens of one step (nats per token), measured before its update."""
 
     loss: float
-    """What was minimised: (1 - omega) ce + omega divergence."""
+    """What was minimised: (1 - omega) ce + omega divergence; with an exit gate what exit_loss says."""
     ce: float
     divergence: float
     accuracy: float
@@ -62,6 +63,7 @@ def train_step(
 
     Every micro-batch divides by the number of supervised tokens of the whole step, so that accumulation gives the
     gradient of the whole batch. The teacher runs only where omega > 0; `labels` are a cache's, in its place.
+    With an exit gate the loss is exit_loss, and ce and accuracy are those of the last loop.
     A looped model draws its loops from `step`: the same for all micro-batches, and again after a resume.
     """
     looped = {"step": step} if model.config.stack == "looped" else {}
@@ -70,6 +72,13 @@ def train_step(
     sums = torch.zeros(4, dtype=torch.float64, device=tokens.device)
     for first, rows in enumerate(tokens.split(config.data.micro_rows)):
         inputs, targets = rows[:, :-1], rows[:, 1:].flatten()
+        if model.config.loop.exit_gate:
+            with autocast(tokens.device, dtype), timer.measure("loss"):
+                exits = exit_loss(model, inputs, targets, step=step, ignore=IGNORE, denom=denom)
+            timer.backward(exits.loss)
+            parts = (exits.loss.detach() * denom, exits.ce.sum(), exits.ce.new_zeros(()), exits.hit.sum())
+            sums += torch.stack([part.double() for part in parts])
+            continue
         with autocast(tokens.device, dtype):
             target: TeacherHidden | TeacherTopK | None = None
             # A cache has the temperature in its labels.

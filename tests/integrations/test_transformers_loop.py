@@ -32,7 +32,7 @@ def assert_same(found, want, bound=1e-12):
         assert rel_err(found[name], grad) < bound, name
 
 
-@pytest.mark.parametrize("damping", [None, 3.0])
+@pytest.mark.parametrize("damping", [None, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_is_that_of_the_unrolled_model(family, damping):
     """Logits, and the gradient of every parameter, with the weights of repeated layers tied."""
@@ -53,9 +53,9 @@ def test_training_is_that_of_the_unrolled_model(family, damping):
 @pytest.mark.parametrize(("start", "stop", "loops"), [(0, 4, 2), (0, 1, 4), (3, 4, 3), (1, 3, 1)])
 def test_every_mode_and_place(mode, start, stop, loops):
     model, ids = model_of(), tokens()
-    want, _ = step(unrolled(model, start, stop, loops, 2.0), ids)
+    want, _ = step(unrolled(model, start, stop, loops, 2), ids)
     want_grads = {n: p.grad.clone() for n, p in model.named_parameters()}
-    loop_layers(model, start, stop, loops, damping=2.0, mode=mode)
+    loop_layers(model, start, stop, loops, damping=2, mode=mode)
     got, grads = step(model, ids)
     assert rel_err(got, want) < 1e-12
     assert_same(grads, want_grads)
@@ -190,17 +190,16 @@ def test_dropout_is_repeated_in_backward():
 
 
 def test_gradients_in_bfloat16_are_summed_in_float32():
-    """The error of the shared weights' gradient does not grow with the loops; that of autograd's own sum does."""
+    """24 visits of a layer: nearer to float64 than autograd, which rounds its sum after each."""
     ids, errors = tokens(2, 12), {}
-    for loops in (2, 24):
-        for mode in ("recompute", "autograd"):
-            torch.manual_seed(1)
-            model = decoder("Llama", num_hidden_layers=3).bfloat16()
-            truth = step(loop_layers(copy.deepcopy(model).double(), 1, 2, loops, damping=loops), ids)[1]
-            grads = step(loop_layers(model, 1, 2, loops, damping=loops, mode=mode), ids)[1]
-            names = [n for n in truth if ".layers.1." in n and "proj" in n]
-            errors[mode, loops] = sum(rel_err(grads[n], truth[n]) for n in names) / len(names)
-    assert errors["recompute", 24] < errors["autograd", 24]
+    for mode in ("recompute", "full", "autograd"):
+        torch.manual_seed(1)
+        model = decoder("Llama", num_hidden_layers=3).bfloat16()
+        truth = step(loop_layers(copy.deepcopy(model).double(), 1, 2, 24, damping=24), ids)[1]
+        grads = step(loop_layers(model, 1, 2, 24, damping=24, mode=mode), ids)[1]
+        names = [n for n in truth if ".layers.1." in n and "proj" in n]
+        errors[mode] = sum(rel_err(grads[n], truth[n]) for n in names) / len(names)
+    assert errors["recompute"] == errors["full"] < errors["autograd"]
 
 
 def test_the_state_dict_and_everything_else_comes_back():
@@ -266,13 +265,15 @@ def test_errors():
         ((3, 3, 2), {}, r"start, stop must be 0 <= start < stop <= 4 layers, got 3, 3"),
         ((-1, 3, 2), {}, r"start, stop must be .* got -1, 3"),
         ((1, 5, 2), {}, r"start, stop must be .* got 1, 5"),
-        ((1, 3, 2), {"damping": 0.5}, "damping must be at least 1, got 0.5"),
+        ((1, 3, 2), {"damping": 0}, "damping must be at least 1, got 0"),
         ((1, 3, 2), {"mode": "fast"}, "mode must be one of .*, got 'fast'"),
     ):
         with pytest.raises(ValueError, match="loop_layers: " + rule):
             loop_layers(model, *arguments, **options)
     with pytest.raises(TypeError, match=r"loop_layers: loops must be a whole number, got 2\.0"):
         loop_layers(model, 1, 3, 2.0)
+    with pytest.raises(TypeError, match=r"loop_layers: damping must be a whole number, got 1\.5"):
+        loop_layers(model, 1, 3, 2, damping=1.5)
     with pytest.raises(ValueError, match="unloop_layers: model must be one that loop_layers was applied to"):
         unloop_layers(model)
     loop_layers(model, 1, 3, 2)

@@ -5,15 +5,25 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from effkern.models import Block, Decoder, DecoderConfig, LoopConfig, count_parameters, forward_flops
+from effkern.models import (
+    Block,
+    Decoder,
+    DecoderConfig,
+    LoopConfig,
+    count_parameters,
+    forward_flops,
+    generate_with_loops,
+)
 from effkern.nn.looped import PoissonLognormalLoops
 from effkern.train.checkpoint import Checkpoint, CheckpointError
 from effkern.train.config import ScheduleConfig, TeacherConfig, TrainConfig
 from effkern.train.estimate import activation_bytes, estimate
+from effkern.train.exit_loss import exit_loss
 from effkern.train.log import read_log
 from effkern.train.loop import Trainer, compiled, train
 from effkern.train.mapping import overlay, read_toml
 from effkern.train.restore import Inputs, check_same_run, load_model
+from tests.models.loop_models import looped, noisy
 from tests.train.fixtures import at
 from tests.train.test_loop import curve, digest, stop_after
 
@@ -56,7 +66,7 @@ def loops_run(trainer):
         if hasattr(stage, "block"):
             real_count = stage.block._count
 
-            def count(loops, step, number=number, real_count=real_count):
+            def count(loops, step, stage=stage, number=number, real_count=real_count):
                 found = real_count(loops, step)
                 if stage.training and seen:
                     seen[-1].append((number, found))
@@ -170,18 +180,80 @@ def test_a_run_from_before_loops_resumes():
 def test_compilation_is_by_layer():
     """So that no number of loops compiles anything; the keys of the state dict stay."""
     config = DecoderConfig(vocab_size=37, hidden_size=16, num_heads=2, num_kv_heads=1, num_layers=2, mlp_size=24)
-    looped = Decoder(replace(config, stack="looped", loop=LoopConfig("1x1,1x3")))
-    names = list(looped.state_dict())
-    assert compiled(looped) is looped
-    blocks = [m for m in looped.modules() if isinstance(m, Block)]
+    model = Decoder(replace(config, stack="looped", loop=LoopConfig("1x1,1x3")))
+    names = list(model.state_dict())
+    assert compiled(model) is model
+    blocks = [m for m in model.modules() if isinstance(m, Block)]
     assert len(blocks) == 2
     assert all(block._compiled_call_impl is not None for block in blocks)
-    assert list(looped.state_dict()) == names
+    assert list(model.state_dict()) == names
 
 
-def test_the_gate_is_refused(base, tmp_path):
-    config = replace(base, model=replace(base.model, stack="looped", loop=LoopConfig("1x2", exit_gate=True)))
-    with pytest.raises(ValueError, match=r"model\.loop\.exit_gate must be False, as no loss here trains the gate"):
+GATED = LoopConfig("1x1,1x4,1x1", injection="add", norm=True, exit_gate=True, exit_beta=0.3)
+
+
+@pytest.mark.parametrize("vocab_multiple", [1, 16])
+def test_the_loss_of_a_gate_is_the_expected_one(vocab_multiple):
+    """Value and every gradient, in float64, against probabilities and cross entropies written out."""
+    config = replace(looped(), vocab_multiple=vocab_multiple, loop=GATED)
+    model, tokens = noisy(config, size=0.2).train(), torch.randint(0, 37, (3, 8))
+    targets = torch.randint(0, 37, (24,))
+    targets[::5] = -100
+    parameters = list(model.parameters())
+    found = exit_loss(model, tokens, targets, step=0, ignore=-100, denom=50)
+    grads = torch.autograd.grad(found.loss, parameters)
+
+    stay, total = 1.0, 0.0
+    counts = targets != -100
+    gate = model.stack.stages[1].gate
+    for t in range(1, 5):
+        hidden = model(tokens, loops=t)
+        ce = torch.nn.functional.cross_entropy(model.logits(hidden).flatten(0, 1), targets, reduction="none")
+        states = model.stack.stages[1](*entering(model, tokens), loops=t)
+        go = torch.sigmoid(states @ gate.weight + gate.bias).flatten()
+        p = stay * go if t < 4 else stay
+        stay = stay * (1 - go)
+        total = total + (p * ce + 0.3 * p * p.log())[counts].sum() / 50
+    torch.testing.assert_close(found.loss, total, rtol=1e-10, atol=1e-12)
+    for name, a, b in zip(dict(model.named_parameters()), grads, torch.autograd.grad(total, parameters)):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10, msg=name)
+    torch.testing.assert_close(found.ce[counts], ce[counts].detach())
+
+
+def entering(model, tokens):
+    """What the looped stage gets."""
+    stream, rope = model.embed(tokens, 0)
+    return model.stack.stages[0](stream, rope), rope
+
+
+def test_a_gate_learns_to_exit(base, tmp_path):
+    """It leaves its start, the model learns, a resumed run is the same bit for bit, and inference may ask the gate."""
+    config = replace(base, model=replace(base.model, stack="looped", num_layers=3, loop=GATED))
+    config = replace(config, schedule=ScheduleConfig(steps=60), data=replace(base.data, micro_batch_size=2))
+    result = train(at(config, tmp_path / "a"), quiet=True)
+    losses = [record["loss"] for record in result.evals]
+    assert losses[-1] < 0.85 * losses[0]
+    stop_after(Trainer(at(config, tmp_path / "b"), quiet=True), 25).run()
+    train(at(config, tmp_path / "b"), quiet=True)
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+    model = load_model(tmp_path / "a").model
+    assert model.stack.stages[1].gate.weight.norm() > 1e-3
+    found = generate_with_loops(model, torch.randint(0, 300, (4, 4)), 8, exit="gate-cdf=0.6", kv_policy="last")
+    assert 1 <= found.loops[:, 1:].min() < 4
+
+
+@pytest.mark.parametrize(
+    ("loop", "mode", "message"),
+    [
+        (replace(GATED, exit_beta=0.0), "baseline", r"model\.loop\.exit_beta must be positive to train an exit gate"),
+        (replace(GATED, stages="1x2,1x2,1x1"), "baseline", "must have one looped stage to train an exit gate"),
+        (GATED, "salt", "schedule.mode must be baseline to train an exit gate, got 'salt'"),
+    ],
+)
+def test_a_gate_that_cannot_be_trained(base, tmp_path, loop, mode, message):
+    schedule = ScheduleConfig(steps=4, mode=mode, kd_steps=1 if mode == "salt" else 0)
+    config = replace(base, model=replace(base.model, stack="looped", num_layers=3, loop=loop), schedule=schedule)
+    with pytest.raises(ValueError, match=message):
         Trainer(at(config, tmp_path))
 
 
@@ -195,6 +267,28 @@ def test_estimate_counts_loops(base):
     assert same.activations == deep.activations
     assert same.parameters == count_parameters(replace(base.model, num_layers=3))
     assert forward_flops(config.model, 16) == forward_flops(plain.model, 16)
+
+
+@pytest.mark.parametrize(
+    ("loop", "forward", "backward"),
+    [
+        ({"mode": "full"}, 6, 6),
+        ({"mode": "truncated", "gradient_loops": 2}, 6, 2),
+        # Means of the draws.
+        ({"sample": "poisson"}, 7, 7),
+        ({"sample": "poisson", "max_loops": 6}, 6, 6),
+        ({"sample": "uniform"}, 6, 6),
+        ({"sample": "poisson", "mode": "truncated", "gradient_loops": 4}, 7, 4),
+    ],
+)
+def test_estimate_of_training_flops(base, loop, forward, backward):
+    def flops(loops):
+        shape = replace(base.model, stack="looped", num_layers=2, loop=LoopConfig(f"1x1,1x{loops}"))
+        return forward_flops(shape, base.data.seq_len).total
+
+    config = replace(base, model=replace(base.model, stack="looped", num_layers=2, loop=LoopConfig("1x1,1x6", **loop)))
+    found = estimate(config, torch.float32)
+    assert found.student_flops == pytest.approx((flops(forward) + 2 * flops(backward)) * found.tokens, rel=1e-12)
 
 
 @pytest.mark.parametrize(

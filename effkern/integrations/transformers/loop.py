@@ -14,8 +14,7 @@ from effkern.integrations.transformers.families import LAYOUTS, NAMES
 from effkern.integrations.transformers.find import find_decoder, require_untouched
 from effkern.integrations.transformers.loop_cache import SpanCache
 from effkern.integrations.transformers.swap import is_swapped, original_class, restore, swap
-from effkern.nn.looped.body import Body, Plan
-from effkern.nn.looped.engine import Job, run
+from effkern.nn import LoopedBlock, LoopState
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -29,15 +28,15 @@ class Span(NamedTuple):
     layer: int
     start: int
     stop: int
-    loops: int
-    damping: float | None
-    mode: str
     num_layers: int
     """Of the whole model."""
+    mode: str
+    block: LoopedBlock
+    """Of all layers of the span. In a tuple it is no submodule: parameters stay where they are."""
 
 
 def loop_layers(
-    model: Model, start: int, stop: int, loops: int, *, damping: float | None = None, mode: str = "recompute"
+    model: Model, start: int, stop: int, loops: int, *, damping: int | None = None, mode: str = "recompute"
 ) -> Model:
     """Run layers start ... stop - 1 of a transformers decoder `loops` times, one after another, with the same weights.
 
@@ -54,7 +53,7 @@ def loop_layers(
             see the loops).
         start, stop: 0 <= start < stop <= number of layers.
         loops: L >= 1.
-        damping: K >= 1. None: plain repetition.
+        damping: K, a whole number of at least 1. None: plain repetition.
         mode: what is kept for backward: "recompute" the input of each loop, "full" everything, "recompute_layer" the
             input of each loop, and of each layer of one loop; "autograd" leaves it to torch (torch.compile needs it).
             With a filled or a static cache in a pass with gradients everything is kept.
@@ -77,19 +76,21 @@ def loop_layers(
     decoder: Any = find_decoder(op, model, LAYOUTS, NAMES)
     require_untouched(op, decoder, "unloop_layers or remove_laurel")
     count = len(decoder.layers)
-    for name, value in (("start", start), ("stop", stop), ("loops", loops)):
-        if type(value) is not int:
+    for name, value in (("start", start), ("stop", stop), ("loops", loops), ("damping", damping)):
+        if type(value) is not int and (name, value) != ("damping", None):
             raise TypeError(f"{op}: {name} must be a whole number, got {value!r}")
     if not 0 <= start < stop <= count:
         raise ValueError(f"{op}: start, stop must be 0 <= start < stop <= {count} layers, got {start}, {stop}")
     if loops < 1:
         raise ValueError(f"{op}: loops must be at least 1, got {loops}")
-    if damping is not None and not damping >= 1:
-        raise ValueError(f"{op}: damping must be at least 1, got {damping!r}")
+    if damping is not None and damping < 1:
+        raise ValueError(f"{op}: damping must be at least 1, got {damping}")
     if mode not in MODES:
         raise ValueError(f"{op}: mode must be one of {MODES}, got {mode!r}")
+    steps = [Step(decoder.layers[i]) for i in range(start, stop)]
+    block = LoopedBlock(steps, loops, residual="none" if damping is None else "euler", substeps=damping)
     for i in range(start, stop):
-        decoder.layers[i].loop_span = Span(i, start, stop, loops, damping, mode, count)
+        decoder.layers[i].loop_span = Span(i, start, stop, count, mode, block)
         swap(decoder.layers[i], _forward)
     decoder._loop_hook = decoder.register_forward_pre_hook(begin, with_kwargs=True)
     return model
@@ -136,17 +137,42 @@ class Context:
 
 
 class Call:
-    """One layer of the span with the arguments that the model has for it in this pass."""
+    """The arguments that the model has for a layer of the span in this pass."""
 
-    def __init__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.layer, self.args, self.kwargs = layer, args, kwargs
-        self.cache: SpanCache | None = None
+    def __init__(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.args, self.kwargs = args, kwargs
 
-    def __call__(self, hidden_states: Tensor, loop: int) -> Tensor:
-        kwargs = self.kwargs
-        if self.cache is not None:
-            kwargs = {**kwargs, "past_key_values": self.cache.of_loop(loop, self.layer)}
-        return original_class(self.layer).forward(self.layer, hidden_states, *self.args, **kwargs)
+    def of_loop(self, loop: int, index: int, cache: SpanCache | None) -> "Call":
+        """Those of one loop; `index` of the layer within the span."""
+        if cache is None:
+            return self
+        return Visit(self, loop, index, cache)
+
+    def arguments(self) -> tuple[tuple, dict[str, Any]]:
+        return self.args, self.kwargs
+
+
+class Visit(Call):
+    """A call with the cache entry of its loop. It asks for the entry each time it runs."""
+
+    def __init__(self, call: Call, loop: int, index: int, cache: SpanCache) -> None:
+        super().__init__(call.args, call.kwargs)
+        self.loop, self.index, self.cache = loop, index, cache
+
+    def arguments(self) -> tuple[tuple, dict[str, Any]]:
+        return self.args, {**self.kwargs, "past_key_values": self.cache.of_loop(self.loop, self.index)}
+
+
+class Step(nn.Module):
+    """A layer of the span as LoopedBlock wants it: the library's forward, not the one that waits for the loops."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden_states: Tensor, call: Call) -> Tensor:
+        args, kwargs = call.arguments()
+        return original_class(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
 
 
 def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -154,38 +180,38 @@ def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Ten
     context: Context | None = kwargs.pop(KEY, None)
     if context is None:
         raise RuntimeError("loop_layers: a looped layer must be called by its model, got another call")
-    context.hold(span.layer, Call(self, args, kwargs))
+    context.hold(span.layer, Call(args, kwargs))
     if span.layer + 1 < span.stop:
         return hidden_states
-    return _run(span, context.calls(span), hidden_states)
+    return _run(self, span, context.calls(span), hidden_states)
 
 
-def _run(span: Span, calls: list[Call], x: Tensor) -> Tensor:
-    """All loops."""
-    mode = span.mode
-    cache = calls[0].kwargs.get("past_key_values")
-    if cache is not None:
-        shared = SpanCache(cache, span.start, span.stop, span.loops, span.num_layers)
-        for call in calls:
-            call.cache = shared
-        mode = mode if shared.may_replay else "autograd"
-    # A number, so that it is no input of the graph.
-    terms = {} if span.damping is None else {"alpha": 1 / span.damping, "beta": 1 - 1 / span.damping}
-    plan = Plan({"args": (), "kwargs": {}, **terms}, [{} for _ in range(span.loops)])
-    body = Body(None, calls, None, False, 1e-6, "argument", "loop", False)  # type: ignore[arg-type]
-    layers = mode == "recompute_layer"
-    if mode == "autograd" or _is_checkpointed(calls[-1].layer):
-        # Within torch's checkpoint the loops must be seen by autograd one by one.
-        again = mode in ("recompute", "recompute_layer") and torch.is_grad_enabled()
-        for t in range(span.loops):
-            if again:
-                x, _ = checkpoint(body.loop, plan, t, x, by_layer=layers, use_reentrant=False)
-            else:
-                x, _ = body.loop(plan, t, x)
-        return x
-    owner = nn.ModuleList(call.layer for call in calls)
-    (x,) = run(Job(body, plan, mode == "full", layers, 0, False, owner, False, []), x)
-    return x
+def _run(layer: nn.Module, span: Span, calls: list[Call], x: Tensor) -> Tensor:
+    """All loops; `layer` is the last of the span."""
+    block, mode, cache = span.block, span.mode, None
+    loops: int = block.loops  # type: ignore[assignment]
+    past = calls[0].kwargs.get("past_key_values")
+    if past is not None:
+        cache = SpanCache(past, span.start, span.stop, loops, span.num_layers)
+        mode = mode if cache.may_replay else "autograd"
+    each = [[call.of_loop(t, i, cache) for i, call in enumerate(calls)] for t in range(loops)]
+    if not torch.is_grad_enabled():
+        mode = "full"
+    elif _is_checkpointed(layer) and mode != "autograd":
+        return _by_checkpoints(block, x, each, again=mode != "full")
+    return block(x, mode=mode, per_layer={"call": each})
+
+
+def _by_checkpoints(block: LoopedBlock, x: Tensor, each: list[list[Call]], again: bool) -> Tensor:
+    """Within torch's checkpoint the loops must be seen by autograd one by one."""
+
+    def one(h: Tensor, t: int) -> Tensor:
+        return block.advance(LoopState(h, x, t), per_layer={"call": each}).state
+
+    h = x
+    for t in range(len(each)):
+        h = checkpoint(one, h, t, use_reentrant=False) if again else one(h, t)
+    return h
 
 
 def _is_checkpointed(layer: Any) -> bool:

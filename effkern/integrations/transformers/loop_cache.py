@@ -6,7 +6,7 @@ layer start + j in loop t > 0: entry num_layers + (t - 1) (stop - start) + j
 import copy
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 _MARK = "_effkern_loops"
 
@@ -35,9 +35,9 @@ class SpanCache:
         # preallocated.
         self.may_replay = not filled and not any(hasattr(layer, "max_cache_len") for layer in cache.layers)
 
-    def of_loop(self, loop: int, layer: nn.Module) -> "LoopCache | None":
-        """What a layer gets in place of the cache; None in a loop that runs again for its gradient."""
-        visit = (loop, id(layer))
+    def of_loop(self, loop: int, index: int) -> "LoopCache | None":
+        """What layer start + index gets in place of the cache; None in a loop that runs again for its gradient."""
+        visit = (loop, index)
         if visit in self._seen:
             return None
         self._seen.add(visit)
