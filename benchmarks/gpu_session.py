@@ -1,8 +1,9 @@
-"""Everything a machine with a GPU must show, in under 9 minutes: python -m benchmarks.gpu_session
+"""Everything a machine with a GPU must show: python -m benchmarks.gpu_session [--parts build ops laurel looped speed]
 
 Builds the compiled modules in place, runs the op tests on the device, then the benchmarks, and writes
-benchmarks/results/<date>-<device>.jsonl (one measurement per line) and .md (what ran, what failed, the tables).
-A step that fails or overruns is recorded and the next one starts; exit status 1 if any did.
+benchmarks/results/<date>-<device>-<parts>.jsonl (one measurement per line) and .md (what ran, what failed, the tables).
+A step that fails or overruns is recorded and the next one starts; exit status 1 if any did. Each part ends within
+9 minutes, for machines that are lent for ten at a time; "build" comes first.
 """
 
 import argparse
@@ -31,6 +32,7 @@ LOSSES = [
     ("hidden", "jsd", 8192, 1024, 512, 32000),
 ]
 LAUREL_TESTS = "tests/ops/test_laurel_triton.py"
+LOOPED_TESTS = ["tests/ops/test_loop_step_triton.py", "tests/ops/test_looped_linear_attention_triton.py"]
 # The first compares all variants with float64; the last is decoding.
 LAUREL = [
     "--variant=rw_lr --check-all",
@@ -50,29 +52,52 @@ class Step:
     lines: bool = False
 
 
-def steps(build_dir: str) -> list[Step]:
-    pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    found = [
+PARTS = ("build", "ops", "laurel", "looped", "speed")
+
+
+def steps(part: str, build_dir: str) -> list[Step]:
+    """What `part` runs; its limits add up to less than 9 minutes."""
+    pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+    if part == "build":
+        return build_steps(build_dir)
+    if part == "ops":
+        apart = [f"--ignore={path}" for path in (LAUREL_TESTS, *LOOPED_TESTS)]
+        return [Step("tests of the ops on the device", [*pytest, "tests/ops", *apart], 500)]
+    # Apart, as most of the time is the compiler's: every option is another kernel.
+    if part == "laurel":
+        return [Step("laurel tests on the device", [*pytest, LAUREL_TESTS], 500)]
+    if part == "looped":
+        return [Step("tests of the looped ops on the device", [*pytest, *LOOPED_TESTS], 500)]
+    return speed_steps()
+
+
+def build_steps(build_dir: str) -> list[Step]:
+    return [
         Step("configure", ["cmake", "-S", ".", "-B", build_dir, "-G", "Ninja", f"-DPython_EXECUTABLE={PYTHON}",
                            f"-DEFFKERN_OUTPUT_DIR={ROOT / 'effkern'}"], 60),
-        Step("build", ["cmake", "--build", build_dir], 150),
+        Step("build", ["cmake", "--build", build_dir], 400),
         Step("doctor", [PYTHON, "-m", "effkern.cli_doctor"], 30),
-        Step("tests of the ops on the device",
-             [*pytest, "tests/ops", f"--ignore={LAUREL_TESTS}", "-m", "not slow"], 150),
-        # Apart, as most of its time is the compiler's: every option is another kernel.
-        Step("laurel tests on the device", [*pytest, LAUREL_TESTS, "-m", "not slow"], 150),
     ]  # fmt: skip
+
+
+def speed_steps() -> list[Step]:
+    found = []
     for case, divergence, rows, dim, teacher_dim, vocab in LOSSES:
         options = f"--case={case} --divergence={divergence} --rows={rows} --dim={dim} --teacher-dim={teacher_dim}"
         command = [PYTHON, "-m", "benchmarks.ops.distill", *options.split(), f"--vocab={vocab}", "--dtype=bfloat16"]
         name = f"distill {case} {divergence} {rows} x {dim} x {vocab}"
-        found.append(Step(name, [*command, "--rounds=5", "--json"], 60, lines=True))
+        found.append(Step(name, [*command, "--rounds=5", "--json"], 45, lines=True))
     command = [PYTHON, "-m", "benchmarks.ops.token_stats", "--dtype=bfloat16", "--dim=256", "--json"]
-    found.append(Step("token_stats", command, 60, lines=True))
+    found.append(Step("token_stats", command, 30, lines=True))
     for options in LAUREL:
         command = [PYTHON, "-m", "benchmarks.ops.laurel_gpu", "--rounds=5", "--json", *options.split()]
-        found.append(Step(f"laurel {options}", command, 60, lines=True))
-    found.append(Step("label_rank", [PYTHON, "-m", "benchmarks.ops.label_rank", "--json"], 60, lines=True))
+        found.append(Step(f"laurel {options}", command, 35, lines=True))
+    options = "--forms=glue --dims=2048 --rows=8192 --dtypes=bfloat16 --rounds=5 --json"
+    found.append(Step("loop_step", [PYTHON, "-m", "benchmarks.ops.loop_step", *options.split()], 20, lines=True))
+    options = "--dims=2048 --layers=12 --block=4 --dtypes=bfloat16 --json"
+    command = [PYTHON, "-m", "benchmarks.ops.loop_similarity", *options.split()]
+    found.append(Step("loop_similarity", command, 20, lines=True))
+    found.append(Step("label_rank", [PYTHON, "-m", "benchmarks.ops.label_rank", "--json"], 15, lines=True))
     return found
 
 
@@ -95,12 +120,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--build-dir", default="build/gpu")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     a = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu_session: this machine must have a CUDA device; torch sees none", file=sys.stderr)
         return 2
     device = torch.cuda.get_device_name()
-    stem = f"{date.today().isoformat()}-{re.sub('[^A-Za-z0-9]+', '-', device)}"
+    names = [date.today().isoformat(), re.sub("[^A-Za-z0-9]+", "-", device)]
+    if len(a.parts) < len(PARTS):
+        names += a.parts
+    stem = "-".join(names)
     measurements: list[str] = []
     report = [
         f"# {device}, {date.today().isoformat()}",
@@ -109,7 +138,7 @@ def main() -> int:
         "",
     ]
     failed = []
-    for step in steps(a.build_dir):
+    for step in (step for part in a.parts for step in steps(part, a.build_dir)):
         ok, out, seconds = run(step)
         print(f"{'ok    ' if ok else 'FAILED'} {seconds:6.1f} s  {step.name}", flush=True)
         if not ok:

@@ -17,6 +17,7 @@ from effkern.ops.distill import (
 from effkern.ops.laurel import LaurelOutput, laurel_residual
 from effkern.ops.loop_similarity import LoopSimilarity, loop_similarity
 from effkern.ops.loop_step import LoopStepOutput, loop_step
+from effkern.ops.looped_linear_attention import LoopedAttentionOutput, looped_linear_attention
 from effkern.ops.soft_labels import SoftLabels, soft_labels
 from effkern.ops.token_stats import LabelStats, token_stats
 
@@ -29,6 +30,7 @@ __all__ = [
     "LaurelOutput",
     "LoopSimilarity",
     "LoopStepOutput",
+    "LoopedAttentionOutput",
     "SoftLabels",
     "TeacherConfidence",
     "TeacherHidden",
@@ -42,6 +44,7 @@ __all__ = [
     "linear_distill_loss",
     "loop_similarity",
     "loop_step",
+    "looped_linear_attention",
     "nn",
     "optim",
     "soft_labels",

@@ -177,6 +177,9 @@ def generate(
     seed: int = 0,
     tokenizer: Path | None = None,
     device: str = "auto",
+    loops: int = 0,
+    kv_policy: str = "",
+    exit: str = "",
 ) -> int:
     """Continue a prompt.
 
@@ -190,11 +193,14 @@ def generate(
         seed: of the draws.
         tokenizer: tokenizer.json; by default the one in the run directory.
         device: auto, cpu or cuda.
+        loops: of looped stages; 0 takes the model's.
+        kv_policy: what looped stages keep: full, latest-available, last, cyclic-S, block-R or window-W.
+        exit: leave the loop early: relative-change, cosine, entropy, kl, argmax-stable or gate-cdf, alone or =NUMBER.
     """
     import torch
 
     from effkern.data.tokenizer import load_encoder
-    from effkern.models import generate as sample
+    from effkern.models import generate_with_loops as sample
 
     loaded, where, _ = _load(checkpoint, device)
     path = tokenizer or loaded.path.parent.parent / "tokenizer.json"
@@ -202,7 +208,7 @@ def generate(
     if encoder.sha256 != loaded.inputs.tokenizer:
         raise ValueError(f"tokenizer must be the one that {loaded.path} was trained with, got another one in {path}")
     ids = encoder.encode([prompt])[0] or [encoder.eos_id]
-    tokens = sample(
+    found = sample(
         loaded.model,
         torch.tensor([ids], device=where),
         max_new_tokens,
@@ -211,8 +217,13 @@ def generate(
         top_p=top_p,
         seed=seed,
         eos=encoder.eos_id,
+        loops=loops or None,
+        kv_policy=kv_policy or None,
+        exit=exit or None,
     )
-    print(prompt + encoder.tokenizer.decode(tokens[0, len(ids) :].tolist()))
+    print(prompt + encoder.tokenizer.decode(found.tokens[0, len(ids) :].tolist()))
+    if exit:
+        print(f"{found.loops.double().mean():.2f} loops a token, with {exit}", file=sys.stderr)
     return 0
 
 

@@ -245,3 +245,25 @@ def test_help_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     loaded = set(json.loads(done.stdout.splitlines()[-1]))
     assert not loaded & {"tyro", "rich", "matplotlib", "tokenizers", "safetensors", "tensorboard", "numpy"}
+
+
+def test_a_looped_model_from_the_command_line(folder, capsys):
+    """Trained from a file, its loops changed for one call, its cache shrunk, and left early."""
+    looped = SMALL.replace("num_layers = 1", 'num_layers = 3\nstack = "looped"')
+    looped += '[model.loop]\nstages = "1x1,1x6,1x1"\ninjection = "add"\nresidual = "euler"\n'
+    (folder / "looped.toml").write_text(looped.format(data=folder / "data", out=folder / "looped"))
+    assert cli.main(["train", "--config", str(folder / "looped.toml")]) == 0
+    arguments = ["generate", "--checkpoint", str(folder / "looped"), "--prompt", "red", "--max-new-tokens", "8"]
+    arguments += ["--temperature", "0"]
+    for more in ([], ["--loops", "3"], ["--kv-policy", "last"], ["--exit", "relative-change=0.5"]):
+        capsys.readouterr()
+        assert cli.main([*arguments, *more]) == 0
+        printed = capsys.readouterr()
+        assert printed.out.startswith("red")
+        assert ("loops a token, with relative-change=0.5" in printed.err) == ("--exit" in more)
+    assert float(printed.err.split()[0]) < 6
+    assert "exit: test must be one of" in fails(capsys, [*arguments, "--exit", "kk"])
+    assert "KVPolicy: policy must be one of" in fails(capsys, [*arguments, "--kv-policy", "none"])
+    assert "loops must be None for stack='plain'" in fails(
+        capsys, ["generate", "--checkpoint", folder / "run", "--prompt", "red", "--loops", "2", "--max-new-tokens", "8"]
+    )

@@ -210,6 +210,8 @@ def tiles(rows: int, dim: int, vocab: int, rounds: int) -> None:
 
     cases: dict[str, Callable[[], object]] = {f"{w} columns": tiled(w) for w in (500, 1000, gemm.CPU_TILE, 4000, 8000)}
     cases["oneDNN"] = lambda: gemm._onednn_linear(hidden, weight)
+    if gemm.uses_f32_kernel(hidden):
+        cases["effkern"] = lambda: gemm.logits(hidden, weight, out)
     cases["hidden gradient"] = lambda: torch.mm(out, weight)
     cases["hidden gradient, oneDNN"] = lambda: gemm._onednn_linear(out, weight.t())
     print(runner.table(runner.interleave({"one product": tiled(vocab), **cases}, rounds), "one product", {}))

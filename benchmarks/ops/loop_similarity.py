@@ -26,15 +26,15 @@ from effkern import loop_similarity
 
 PASSES = ("forward", "both")
 MOVES = {"forward": 1, "both": 3}
-CASE = ("dim", "layers", "block", "dtype", "pass")
+CASE = ("dim", "layers", "block", "dtype", "pass", "device")
 Groups = list[list[Tensor]]
 
 
-def make(dim: int, layers: int, dtype: torch.dtype, scale: float = 1.0) -> Groups:
+def make(dim: int, layers: int, dtype: torch.dtype, device: str, scale: float = 1.0) -> Groups:
     torch.manual_seed(0)
     wide = int(scale * dim * 8 / 3) // 64 * 64
     shapes = [(int(scale * dim), dim)] * 4 + [(wide, dim)] * 3
-    return [[torch.randn(shape).to(dtype).requires_grad_() for _ in range(layers)] for shape in shapes]
+    return [[torch.randn(shape).to(device, dtype).requires_grad_() for _ in range(layers)] for shape in shapes]
 
 
 def ours(groups: Groups, block: int) -> Tensor:
@@ -49,9 +49,9 @@ def handwritten(groups: Groups, block: int) -> Tensor:
     return torch.stack(values).mean()
 
 
-def check(dim: int, layers: int, block: int, dtype: torch.dtype) -> None:
+def check(dim: int, layers: int, block: int, dtype: torch.dtype, device: str) -> None:
     """No number on a wrong result: the value and all gradients of smaller matrices against eager in float64."""
-    groups = make(dim, layers, dtype, 64 / dim)
+    groups = make(dim, layers, dtype, device, 64 / dim)
     wide = [[t.detach().double().requires_grad_() for t in tensors] for tensors in groups]
     results = []
     for given, function in ((groups, ours), (wide, handwritten)):
@@ -70,7 +70,7 @@ def variants(groups: Groups, block: int, which: str) -> dict[str, Callable[[], o
     compiled = torch.compile(handwritten, dynamic=False)
     flat = [t for tensors in groups for t in tensors]
     count = MOVES[which] * sum(t.numel() for t in flat) // 2
-    source = torch.zeros(count, dtype=flat[0].dtype)
+    source = torch.zeros(count, dtype=flat[0].dtype, device=flat[0].device)
     target = source.clone()
 
     def call(function: Callable[[Groups, int], Tensor]) -> Callable[[], object]:
@@ -100,7 +100,7 @@ def markdown(case: dict[str, Any], moved: int, t: dict[str, runner.Timing]) -> s
         return f"{t[name].wall / ours_.wall:.2f} | {t[name].cpu / ours_.cpu:.2f}"
 
     cells = [
-        *(str(case[name]) for name in CASE), f"{ours_.wall * 1e3:.1f}",
+        *(str(case[name]) for name in CASE[:-1]), f"{ours_.wall * 1e3:.1f}",
         f"{ours_.wall_low * 1e3:.1f}-{ours_.wall_high * 1e3:.1f}", f"{moved / ours_.wall / 1e9:.1f}",
         f"{t['copy'].wall / ours_.wall:.2f}", ratio("torch.compile"), ratio("eager"),
     ]  # fmt: skip
@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=2)
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--pass", dest="passes", nargs="+", choices=PASSES, default=list(PASSES))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
@@ -123,9 +124,9 @@ def main() -> None:
         print(json.dumps(runner.machine()))
         print(HEAD, "|" + "---|" * HEAD.count(" |"), sep="\n", flush=True)
     for dim, dtype, which in product(a.dims, a.dtypes, a.passes):
-        case = dict(zip(CASE, (dim, a.layers, a.block, dtype, which)))
-        check(dim, a.layers, a.block, getattr(torch, dtype))
-        groups = make(dim, a.layers, getattr(torch, dtype))
+        case = dict(zip(CASE, (dim, a.layers, a.block, dtype, which, a.device)))
+        check(dim, a.layers, a.block, getattr(torch, dtype), a.device)
+        groups = make(dim, a.layers, getattr(torch, dtype), a.device)
         moved = MOVES[which] * sum(t.nbytes for tensors in groups for t in tensors)
         runs = {name: repeated(run) for name, run in variants(groups, a.block, which).items()}
         timings = runner.interleave({name: run for name, (run, _) in runs.items()}, a.rounds)

@@ -33,12 +33,12 @@ MOVES = {("damped", "forward"): 3, ("damped", "both"): 6, ("glue", "forward"): 5
          ("learned", "forward"): 5, ("learned", "both"): 14}  # fmt: skip
 EPS = 1e-6
 CHECK_ROWS = 64
-CASE = ("form", "rows", "dim", "dtype", "pass")
+CASE = ("form", "rows", "dim", "dtype", "pass", "device")
 Inputs = dict[str, Tensor]
 Function = Callable[[Inputs], tuple[Tensor, ...]]
 
 
-def make(form: str, rows: int, dim: int, dtype: torch.dtype) -> Inputs:
+def make(form: str, rows: int, dim: int, dtype: torch.dtype, device: str) -> Inputs:
     torch.manual_seed(0)
     made = {name: torch.randn(rows, dim).to(dtype) for name in ("f", "h", "e")[: 2 if form == "damped" else 3]}
     if form != "damped":
@@ -46,7 +46,7 @@ def make(form: str, rows: int, dim: int, dtype: torch.dtype) -> Inputs:
         made["embedding"] = (0.1 * torch.randn(dim)).to(dtype)
     if form == "learned":
         made |= {name: 1 + 0.1 * torch.randn(1) for name in ("alpha", "beta", "state_scale", "input_scale")}
-    return {name: t.requires_grad_() for name, t in made.items()}
+    return {name: t.to(device).requires_grad_() for name, t in made.items()}
 
 
 def ours(i: Inputs) -> tuple[Tensor, ...]:
@@ -86,7 +86,7 @@ def call(i: Inputs, function: Function, which: str) -> Callable[[], object]:
 
 
 def copy(i: Inputs, moves: int) -> Callable[[], object]:
-    source = torch.randn(moves * i["h"].numel() // 2).to(i["h"].dtype)
+    source = torch.zeros(moves * i["h"].numel() // 2, dtype=i["h"].dtype, device=i["h"].device)
     target = source.clone()
     return lambda: target.copy_(source)
 
@@ -111,7 +111,7 @@ def check(i: Inputs) -> None:
         out = function(part)
         generator = torch.Generator().manual_seed(1)
         kept = [y for y in out if y.requires_grad]
-        grads = [torch.randn(y.shape, generator=generator).to(i["h"].dtype).to(y.dtype) for y in kept]
+        grads = [torch.randn(y.shape, generator=generator).to(y.device, i["h"].dtype).to(y.dtype) for y in kept]
         return [*out, *torch.autograd.grad(kept, list(part.values()), grads)]
 
     bound = 1e-5 if i["h"].dtype == torch.float32 else 2e-2
@@ -124,7 +124,7 @@ def check(i: Inputs) -> None:
 
 
 def measure(case: dict[str, Any], rounds: int) -> dict[str, runner.Timing]:
-    i = make(case["form"], case["rows"], case["dim"], getattr(torch, case["dtype"]))
+    i = make(case["form"], case["rows"], case["dim"], getattr(torch, case["dtype"]), case["device"])
     check(i)
     runs = {name: repeated(run) for name, run in variants(i, case["form"], case["pass"]).items()}
     timings = runner.interleave({name: run for name, (run, _) in runs.items()}, rounds)
@@ -148,7 +148,7 @@ def markdown(case: dict[str, Any], t: dict[str, runner.Timing]) -> str:
         return f"{t[name].wall / ours_.wall:.2f} | {t[name].cpu / ours_.cpu:.2f}"
 
     cells = [
-        *(str(case[name]) for name in CASE), f"{ours_.wall * 1e6:.0f}",
+        *(str(case[name]) for name in CASE[:-1]), f"{ours_.wall * 1e6:.0f}",
         f"{ours_.wall_low * 1e6:.0f}-{ours_.wall_high * 1e6:.0f}", f"{moved / ours_.wall / 1e9:.1f}",
         f"{copied.wall * 1e6:.0f}", f"{copied.wall / ours_.wall:.2f}", ratio("torch.compile"), ratio("eager"),
     ]  # fmt: skip
@@ -162,6 +162,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 512, 8192])
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--pass", dest="passes", nargs="+", choices=PASSES, default=list(PASSES))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
@@ -170,7 +171,7 @@ def main() -> None:
     if not a.json:
         print(json.dumps(runner.machine()))
         print(HEAD, "|" + "---|" * HEAD.count(" |"), sep="\n", flush=True)
-    for values in product(a.forms, a.rows, a.dims, a.dtypes, a.passes):
+    for values in product(a.forms, a.rows, a.dims, a.dtypes, a.passes, [a.device]):
         case = dict(zip(CASE, values))
         timings = measure(case, a.rounds)
         if a.json:

@@ -7,7 +7,6 @@
 #include <cstring>
 
 namespace effkern {
-namespace {
 
 int64_t cpu_clone() {
 #if defined(EFFKERN_CPU_CLONE)
@@ -21,7 +20,6 @@ int64_t cpu_clone() {
 #endif
 }
 
-}  // namespace
 }  // namespace effkern
 
 STABLE_TORCH_LIBRARY_IMPL(effkern, CompositeExplicitAutograd, m) {

@@ -14,3 +14,10 @@
 #define EFFKERN_INLINE inline __attribute__((always_inline))
 // A lambda that takes on the instruction set of the function around it.
 #define EFFKERN_LAMBDA __attribute__((always_inline))
+
+#include <cstdint>
+
+namespace effkern {
+// Which clone of the kernels runs here, as an index into native.CPU_CLONES.
+int64_t cpu_clone();
+}  // namespace effkern

@@ -125,7 +125,9 @@ EFFKERN_INLINE float label_slope(const DenseRow& row, const DenseSoftmaxes& x, c
   if constexpr (D::label_apart) return s * o.alpha * static_cast<float>(facts.q_label - facts.p_label);
   const float z = row.z[row.label], u = row.u[row.label];
   const float a = x.q.log_prob(z), b = x.p.log_prob(u);
-  const Entry e = {fast_exp(b), fast_exp(a), b, a, z, u};
+  Entry e = {};
+  e.p = fast_exp(b), e.q = fast_exp(a), e.log_p = b, e.log_q = a, e.z = z, e.u = u;
+  d.prepare(e);
   return s * (d.weight(e) - e.q * total);
 }
 
@@ -180,9 +182,9 @@ EFFKERN_INLINE RowStats dense_row(const DenseRow& row, const RowOptions& o, Scra
       e.p = exp_p[v] * factor_p;
       e.log_q = lq.log_prob(e.z);
       e.log_p = lp.log_prob(e.u);
-      q_log_q[l] += e.q > 0.0f ? e.q * e.log_q : 0.0f;
-      p_log_p[l] += e.p > 0.0f ? e.p * e.log_p : 0.0f;
-      both[l] += (e.z == top_z) & (e.u == top_u) ? 1.0f : 0.0f;
+      q_log_q[l] += times_log(e.q, e.log_q);
+      p_log_p[l] += times_log(e.p, e.log_p);
+      both[l] += select((e.z == top_z) & (e.u == top_u), 1.0f, 0.0f);
       [[maybe_unused]] const float q1 = exp_1[v] * factor_1;
       if constexpr (D::label_apart) {
         e.q = exp_q[v] * rest_q;
@@ -190,6 +192,7 @@ EFFKERN_INLINE RowStats dense_row(const DenseRow& row, const RowOptions& o, Scra
         e.log_q = rq.log_prob(e.z);
         e.log_p = rp.log_prob(e.u);
       }
+      d.prepare(e);
       values[l] += d.value(e);
       const float w = d.weight(e);
       if constexpr (D::sums_weights) {

@@ -9,9 +9,10 @@
 
 namespace effkern {
 
-// One entry of both models.
+// One entry of both models; the second line, of their mixture m, is known where a divergence prepares it.
 struct Entry {
   float p, q, log_p, log_q, z, u;
+  float m, p_over_m, q_over_m;  // m and the logarithms of p / m and q / m
 };
 
 // What is known of a row after its statistics pass.
@@ -34,6 +35,8 @@ struct Divergence {
   double extra = 0.0;   // D = factor * (sum of values) + extra
   double factor = 1.0;
 
+  // Completes an entry before its value and weight are asked for.
+  EFFKERN_INLINE void prepare(Entry&) const {}
   // A weight of zero switches a term off, even where it is infinite.
   EFFKERN_INLINE double finish(double sum) const { return (factor != 0.0 ? factor * sum : 0.0) + extra; }
 };
@@ -47,8 +50,8 @@ struct ForwardKL : Divergence {
   EFFKERN_INLINE float weight(const Entry& e) const { return -e.p; }
 };
 
-// q (log q - log p), 0 where q = 0.
-EFFKERN_INLINE float reverse_weight(const Entry& e) { return e.q > 0.0f ? e.q * (e.log_q - e.log_p) : 0.0f; }
+// q (log q - log p).
+EFFKERN_INLINE float reverse_weight(const Entry& e) { return times_log(e.q, e.log_q - e.log_p); }
 
 struct ReverseKL : Divergence {
   static constexpr bool needs_reverse = true;
@@ -74,32 +77,30 @@ struct SymmetricKL : Divergence {
   EFFKERN_INLINE float weight(const Entry& e) const { return backward * reverse_weight(e) - forward * e.p; }
 };
 
-// m = share p + rest q, share + rest = 1, with log(p / m) and log(q / m).
-struct Mixture {
-  float m, p_over_m, q_over_m;
-};
-
-EFFKERN_INLINE Mixture mix(const Entry& e, float share, float rest) {
-  // log(q / m) = -log(1 + share (p / q - 1)), from the larger of the two, so that the exponential is at most 1.
+// m = share p + rest q, share + rest = 1.
+EFFKERN_INLINE void mix(Entry& e, float share, float rest) {
+  // log(q / m) = -log(1 + share (p / q - 1)), from the larger of the two, so that the ratio is at most 1.
   const float gap = e.log_p - e.log_q;
-  const float far = gap > 0.0f ? gap : -gap;
-  // exp(-far) - 1
-  const float less = far < 0.5f ? excess_series(far) - far : fast_exp(-far) - 1.0f;
-  const float above = fast_log1p((gap > 0.0f ? rest : share) * less);
-  return {share * e.p + rest * e.q, gap > 0.0f ? -above : gap - above, gap > 0.0f ? -gap - above : -above};
+  const bool p_wins = gap > 0.0f;
+  const float far = std::fabs(gap);
+  const float larger = select(p_wins, e.p, e.q), smaller = select(p_wins, e.q, e.p);
+  const float ratio = smaller / (larger < FLT_MIN ? FLT_MIN : larger);
+  const float less = select(far < 0.5f, excess_series(far) - far, ratio - 1.0f);
+  const float above = fast_log1p(select(p_wins, rest, share) * less);
+  e.m = share * e.p + rest * e.q;
+  e.p_over_m = select(p_wins, 0.0f, gap) - above;
+  e.q_over_m = select(p_wins, -gap, 0.0f) - above;
 }
 
 struct JSD : Divergence {
   static constexpr bool sums_weights = true;
   float beta, rest;
   JSD(const RowFacts&, const RowOptions& o) : beta(o.beta), rest(o.rest_beta) {}
+  EFFKERN_INLINE void prepare(Entry& e) const { mix(e, beta, rest); }
   EFFKERN_INLINE float value(const Entry& e) const {
-    const Mixture x = mix(e, beta, rest);
-    return beta * kl_term(e.p, x.m, x.p_over_m) + rest * kl_term(e.q, x.m, x.q_over_m);
+    return beta * kl_term(e.p, e.m, e.p_over_m) + rest * kl_term(e.q, e.m, e.q_over_m);
   }
-  EFFKERN_INLINE float weight(const Entry& e) const {
-    return e.q > 0.0f ? rest * e.q * mix(e, beta, rest).q_over_m : 0.0f;
-  }
+  EFFKERN_INLINE float weight(const Entry& e) const { return rest * times_log(e.q, e.q_over_m); }
 };
 
 struct SkewForwardKL : Divergence {
@@ -108,13 +109,10 @@ struct SkewForwardKL : Divergence {
   SkewForwardKL(const RowFacts& r, const RowOptions& o) : alpha(o.alpha), rest(o.rest_alpha) {
     extra = rest * (r.mass - 1.0);
   }
-  EFFKERN_INLINE float value(const Entry& e) const {
-    const Mixture x = mix(e, alpha, rest);
-    return kl_term(e.p, x.m, x.p_over_m);
-  }
+  EFFKERN_INLINE void prepare(Entry& e) const { mix(e, alpha, rest); }
+  EFFKERN_INLINE float value(const Entry& e) const { return kl_term(e.p, e.m, e.p_over_m); }
   EFFKERN_INLINE float weight(const Entry& e) const {
-    const float m = alpha * e.p + rest * e.q;
-    return m == 0.0f ? 0.0f : -rest * e.p * (e.q / m);
+    return select(e.m == 0.0f, 0.0f, -rest * e.p * (e.q / e.m));
   }
 };
 
@@ -124,13 +122,10 @@ struct SkewReverseKL : Divergence {
   SkewReverseKL(const RowFacts& r, const RowOptions& o) : alpha(o.alpha), rest(o.rest_alpha) {
     extra = rest * (1.0 - r.mass);
   }
-  EFFKERN_INLINE float value(const Entry& e) const {
-    const Mixture x = mix(e, rest, alpha);
-    return kl_term(e.q, x.m, x.q_over_m);
-  }
+  EFFKERN_INLINE void prepare(Entry& e) const { mix(e, rest, alpha); }
+  EFFKERN_INLINE float value(const Entry& e) const { return kl_term(e.q, e.m, e.q_over_m); }
   EFFKERN_INLINE float weight(const Entry& e) const {
-    const Mixture x = mix(e, rest, alpha);
-    return e.q > 0.0f ? e.q * (x.q_over_m - alpha * (e.q / x.m)) : 0.0f;
+    return times_log(e.q, e.q_over_m - alpha * (e.q / e.m));
   }
 };
 

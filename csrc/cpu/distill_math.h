@@ -168,12 +168,13 @@ EFFKERN_INLINE Softmax merge(const std::vector<Scratch::Block>& blocks, float Sc
   return s;
 }
 
+// p x, and 0 where p = 0: x is a logarithm that may be infinite there.
+EFFKERN_INLINE float times_log(float p, float x) { return select(p > 0.0f, p * x, 0.0f); }
+
 // Terms of sum p log(p / q) + q - p with x = log p - log q: every one is non-negative. 0 log 0 = 0, and x may be
 // anything where p = 0.
 EFFKERN_INLINE float kl_term(float p, float q, float x) {
-  const float near = p * excess_series(x);
-  const float far = (p > 0.0f ? p * x : 0.0f) + (q - p);
-  return (x < 0.5f) & (x > -0.5f) ? near : far;
+  return select((x < 0.5f) & (x > -0.5f), p * excess_series(x), times_log(p, x) + (q - p));
 }
 
 // What every row pass says of the hard-label side. `top`: largest student logit.

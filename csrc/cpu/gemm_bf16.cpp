@@ -1,4 +1,5 @@
 // effkern::bf16_mm_nt_, effkern::bf16_add_tn_: bfloat16 products with float32 results, and which kernel computes them.
+// effkern::f32_mm_nt_: the first of them from float32.
 #include "cpu/gemm_bf16.h"
 
 #include <torch/csrc/stable/library.h>
@@ -87,6 +88,7 @@ int vectors(int width) { return (width + kLanes - 1) / kLanes; }
 
 // a [rows, depth], b [columns, depth]. All of a is packed at first; each thread walks over b a panel at a time, and
 // fetches the next meanwhile: 5% at 256 rows, 20% at 32.
+template <bf16::Type kType>
 void mm_nt(const Product& p) {
   const int64_t pairs = ceil_div(p.depth, 2), strips = ceil_div(p.rows, kRows);
   const Panels a(strips * kRows * pairs);
@@ -105,7 +107,7 @@ void mm_nt(const Product& p) {
         Prefetch prefetch(p.b.at(next, k), std::min<int64_t>(kColumns, p.columns - next), depth, strips);
         for (int64_t row = 0; row < p.rows; row += kRows) {
           prefetch.share();
-          bf16::multiply(a.get() + row * pairs + k / 2 * kRows, b.get(), ceil_div(depth, 2),
+          bf16::multiply<kType>(a.get() + row * pairs + k / 2 * kRows, b.get(), ceil_div(depth, 2),
                          block(p, row, column, k == 0));
         }
         k += kDepthNT;
@@ -132,7 +134,7 @@ void mm_tn(const Product& p) {
         bf16::pack_columns(p.a.at(k, first), last - first, depth, panel_size, a.get());
         for (int64_t j = 0; j < p.columns; j += kColumns)
           for (int64_t row = first; row < last; row += kRows)
-            bf16::multiply(a.get() + (row - first) / kRows * panel_size,
+            bf16::multiply<bf16::Type::kBFloat16Pair>(a.get() + (row - first) / kRows * panel_size,
                            b.get() + j * pairs + k / 2 * vectors(width(p, j)) * kLanes, ceil_div(depth, 2),
                            block(p, row, j, k == 0));
         k += kDepthTN;
@@ -156,7 +158,22 @@ void bf16_mm_nt(Tensor out, const Tensor& a, const Tensor& b) {
 #if defined(EFFKERN_HAS_AMX)
   if (chosen() == kAmx) return amx::mm_nt(p);
 #endif
-  mm_nt(p);
+  mm_nt<bf16::Type::kBFloat16Pair>(p);
+#endif
+}
+
+void f32_mm_nt(Tensor out, const Tensor& a, const Tensor& b) {
+  STD_TORCH_CHECK(runs(kAvx512), "f32_mm_nt_: this CPU has no AVX512-BF16");
+  STD_TORCH_CHECK(a.dim() == 2 && is_matrix(a, ScalarType::Float, a.size(0), a.size(1)) && b.dim() == 2 &&
+                      is_matrix(b, ScalarType::Float, b.size(0), a.size(1)),
+                  "f32_mm_nt_: a [C, D] and b [V, D] must be float32 with stride 1 along D");
+  STD_TORCH_CHECK(is_matrix(out, ScalarType::Float, a.size(0), b.size(0)),
+                  "f32_mm_nt_: out must be float32 [C, V] with stride 1 along V");
+#if defined(EFFKERN_HAS_BF16)
+  if (out.numel() == 0) return;
+  const auto halves = [](const Tensor& x) { return Matrix{static_cast<const uint16_t*>(x.const_data_ptr()), 2 * x.stride(0)}; };
+  mm_nt<bf16::Type::kFloat>({halves(a), halves(b), a.size(0), b.size(0), 2 * a.size(1),
+                             static_cast<float*>(out.mutable_data_ptr()), out.stride(0), false});
 #endif
 }
 
@@ -183,6 +200,7 @@ void bf16_add_tn(Tensor total, const Tensor& g, const Tensor& h, [[maybe_unused]
 
 STABLE_TORCH_LIBRARY_IMPL(effkern, CPU, m) {
   m.impl("bf16_mm_nt_", TORCH_BOX(&effkern::bf16_mm_nt));
+  m.impl("f32_mm_nt_", TORCH_BOX(&effkern::f32_mm_nt));
   m.impl("bf16_add_tn_", TORCH_BOX(&effkern::bf16_add_tn));
 }
 STABLE_TORCH_LIBRARY_IMPL(effkern, CompositeExplicitAutograd, m) {

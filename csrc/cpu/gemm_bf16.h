@@ -1,5 +1,8 @@
 // Blocks of float32 out (+)= a b from bfloat16 operands by vdpbf16ps, for CPUs with AVX512-BF16.
 //
+// Operands packed along their length may be float32 just as well: 32 bits are then one number instead of two, a float32
+// matrix is given as one of 16-bit halves, twice as deep, and only the instruction is another.
+//
 // vdpbf16ps adds two products to each of 16 float32 lanes, so the depth goes in pairs: an operand is packed into panels
 // [pair][line], an element being the 32 bits of two neighbours along the depth, zero beyond its end. Lines of `a` are
 // broadcast, lines of `b` fill the lanes. The instruction rounds to nearest even and takes and gives subnormal numbers
@@ -196,7 +199,16 @@ struct Block {
   bool add;
 };
 
-template <int kWidth>
+// What the 32 bits of a panel's element are.
+enum class Type { kBFloat16Pair, kFloat };
+
+template <Type kType>
+EFFKERN_BF16_INLINE __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
+  if constexpr (kType == Type::kFloat) return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+
+template <Type kType, int kWidth>
 EFFKERN_BF16_INLINE void multiply(const uint32_t* a, const uint32_t* b, int64_t pairs, const Block& block) {
   // What the block needs at its end comes while it is computed: 8% of a product that is 256 deep.
 #pragma GCC unroll 8
@@ -218,7 +230,7 @@ EFFKERN_BF16_INLINE void multiply(const uint32_t* a, const uint32_t* b, int64_t 
     for (int i = 0; i < kRows; ++i) {
       const __m512i factor = _mm512_set1_epi32(static_cast<int>(a[i]));
 #pragma GCC unroll 3
-      for (int j = 0; j < kWidth; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], (__m512bh)factor, (__m512bh)line[j]);
+      for (int j = 0; j < kWidth; ++j) sum[i][j] = multiply_add<kType>(sum[i][j], factor, line[j]);
     }
     a += kRows;
     b += kWidth * kLanes;
@@ -242,14 +254,15 @@ EFFKERN_BF16_INLINE void multiply(const uint32_t* a, const uint32_t* b, int64_t 
 }
 
 // Panels as wide as the block needs: `block.columns` in vectors.
+template <Type kType>
 EFFKERN_BF16 inline void multiply(const uint32_t* a, const uint32_t* b, int64_t pairs, const Block& block) {
   switch ((block.columns + kLanes - 1) / kLanes) {
     case 1:
-      return multiply<1>(a, b, pairs, block);
+      return multiply<kType, 1>(a, b, pairs, block);
     case 2:
-      return multiply<2>(a, b, pairs, block);
+      return multiply<kType, 2>(a, b, pairs, block);
     default:
-      return multiply<3>(a, b, pairs, block);
+      return multiply<kType, 3>(a, b, pairs, block);
   }
 }
 

@@ -171,14 +171,15 @@ void forward_chunks(ForwardRows<T> a, const LowRank<T>& l, const Rows<T>& own, i
 
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_as(
-    const Tensor& f, const Tensor& h, const Optional& e, const Factors& factors, bool has_core_input,
+    const Tensor& f, const Tensor& h, const Optional& e, const Factors& factors, bool is_f, bool has_core_input,
     const Optional& down, const Optional& up, const Optional& norm_weight, const Optional& embedding, bool norm,
     double eps, bool return_change) {
   const Shape shape(h);
   const LowRank<T> low(down, up, shape.dim);
   const Weight weight(norm_weight, norm, false, shape.dim);
   const auto numbers = [&](bool wanted) { return empty(h, {wanted ? shape.rows : 0}, ScalarType::Float); };
-  const Tensor state = result_like(h), core_input = has_core_input ? result_like(h) : empty(h, {0});
+  const Tensor state = is_f ? empty(h, {0}) : result_like(h);
+  const Tensor core_input = has_core_input ? result_like(h) : empty(h, {0});
   const Tensor change = numbers(return_change), rstd = numbers(norm);
   const Tensor own = low.rank > 0 ? empty(h, {shape.rows, low.rank}) : empty(h, {0});
   const ForwardRows<T> rows{stream<const T>(f, shape),
@@ -193,7 +194,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_as(
                             vector(embedding, shape.dim),
                             norm,
                             static_cast<float>(eps),
-                            stream<T>(state, shape),
+                            is_f ? Rows<T>() : stream<T>(state, shape),
                             has_core_input ? stream<T>(core_input, shape) : Rows<T>(),
                             static_cast<float*>(rstd.data_ptr()),
                             return_change ? static_cast<float*>(change.data_ptr()) : nullptr,
@@ -208,8 +209,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     double eps, bool return_change) {
   const Factors factors({&alpha, &beta, &state_scale, &input_scale}, numbers, Shape(h).dim);
   const bool has_core_input = e || embedding || state_scale || numbers[2] != 1.0;
+  // The state is f itself: there is nothing to write.
+  const bool is_f = !alpha && numbers[0] == 1.0 && !factors.beta.values && !down && !norm;
   return (h.scalar_type() == ScalarType::BFloat16 ? forward_as<BFloat16> : forward_as<float>)(
-      f, h, e, factors, has_core_input, down, up, norm_weight, embedding, norm, eps, return_change);
+      f, h, e, factors, is_f, has_core_input, down, up, norm_weight, embedding, norm, eps, return_change);
 }
 
 template <typename T>

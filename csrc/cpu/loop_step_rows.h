@@ -21,7 +21,7 @@ struct ForwardRows {
   const float *norm_weight, *embedding;
   bool norm;
   float eps;
-  // `low` may be the memory of `state`.
+  // `low` may be the memory of `state`; without one s is f.
   Rows<T> state, core_input;
   float *rstd, *change;
   int64_t dim;
@@ -74,46 +74,53 @@ EFFKERN_INLINE void forward_row(const ForwardRows<T>& a, int64_t r, float* scrat
   T *s = a.state[r], *x = a.core_input[r];
   const float *w = a.norm_weight, *m = a.embedding;
   float moved[kLanes] = {}, size[kLanes] = {};
-  // From `value` on, of [begin, end): s, and all that is made of s as it was rounded.
-  const auto leave = [&](int64_t begin, int64_t end, const float* value) EFFKERN_LAMBDA {
-    // x goes with s, so that s is rounded and widened in registers.
+  // All that is made of s as it was rounded, of [begin, end); `now` is called once per channel.
+  const auto enter = [&](int64_t begin, int64_t end, auto now) EFFKERN_LAMBDA {
     const auto write = [&](auto sum) EFFKERN_LAMBDA {
       if (m) {
-        for_lanes(begin, end, [&](int, int64_t v) EFFKERN_LAMBDA {
-          store(s[v], value[v - begin]);
-          store(x[v], sum(v, widen(s[v])) + m[v]);
-        });
+        for_lanes(begin, end, [&](int, int64_t v) EFFKERN_LAMBDA { store(x[v], sum(v) + m[v]); });
       } else {
-        for_lanes(begin, end, [&](int, int64_t v) EFFKERN_LAMBDA {
-          store(s[v], value[v - begin]);
-          store(x[v], sum(v, widen(s[v])));
-        });
+        for_lanes(begin, end, [&](int, int64_t v) EFFKERN_LAMBDA { store(x[v], sum(v)); });
       }
     };
+    with_factor(a.state_scale, [&](auto c) EFFKERN_LAMBDA {
+      if (e) {
+        with_factor(a.input_scale, [&](auto k) EFFKERN_LAMBDA {
+          write([=](int64_t v) EFFKERN_LAMBDA { return c(v) * now(v) + k(v) * widen(e[v]); });
+        });
+      } else {
+        write([=](int64_t v) EFFKERN_LAMBDA { return c(v) * now(v); });
+      }
+    });
+  };
+  const auto compare = [&](int64_t begin, int64_t end, const T* to) EFFKERN_LAMBDA {
+    for_lanes(begin, end, [&](int l, int64_t v) EFFKERN_LAMBDA {
+      const float now = widen(to[v]), step = now - widen(h[v]);
+      moved[l] += step * step;
+      size[l] += now * now;
+    });
+  };
+  // From `value` on, of [begin, end): s, and what is made of it.
+  const auto leave = [&](int64_t begin, int64_t end, const float* value) EFFKERN_LAMBDA {
     if (x) {
-      with_factor(a.state_scale, [&](auto c) EFFKERN_LAMBDA {
-        if (e) {
-          with_factor(a.input_scale, [&](auto k) EFFKERN_LAMBDA {
-            write([=](int64_t v, float now) EFFKERN_LAMBDA { return c(v) * now + k(v) * widen(e[v]); });
-          });
-        } else {
-          write([=](int64_t v, float now) EFFKERN_LAMBDA { return c(v) * now; });
-        }
+      // In one loop, so that s is rounded and widened in registers.
+      enter(begin, end, [=](int64_t v) EFFKERN_LAMBDA {
+        store(s[v], value[v - begin]);
+        return widen(s[v]);
       });
     } else {
       for_lanes(begin, end, [&](int, int64_t v) EFFKERN_LAMBDA { store(s[v], value[v - begin]); });
     }
-    if (a.change) {
-      for_lanes(begin, end, [&](int l, int64_t v) EFFKERN_LAMBDA {
-        const float now = widen(s[v]), step = now - widen(h[v]);
-        moved[l] += step * step;
-        size[l] += now * now;
-      });
-    }
+    if (a.change) compare(begin, end, s);
   };
 
   alignas(64) float block[kBlock];
-  if (a.norm) {
+  if (!s) {
+    for_blocks(a.dim, [&](int64_t begin, int64_t end) EFFKERN_LAMBDA {
+      if (x) enter(begin, end, [=](int64_t v) EFFKERN_LAMBDA { return widen(f[v]); });
+      if (a.change) compare(begin, end, f);
+    });
+  } else if (a.norm) {
     float squares[kLanes] = {};
     for_blocks(a.dim, [&](int64_t begin, int64_t end) EFFKERN_LAMBDA {
       combine(f, h, low, a.alpha, a.beta, begin, end, scratch + begin);

@@ -1,12 +1,16 @@
 """A pre-norm block, and the way blocks make a network."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
-from effkern.models.attention import Attention, KVCache, LayerCache
+from effkern.models.attention import Attention
 from effkern.models.config import DecoderConfig
+from effkern.models.kv_cache import KVCache, KVSlot
 from effkern.models.layers import RMSNorm
 from effkern.models.parts import MLPS, NOTHING, RESIDUALS, STACKS, Carry, Place, register
 from effkern.models.residual import AddResidual
+from effkern.models.stages import Stage
 
 
 class Block(nn.Module):
@@ -38,7 +42,7 @@ class Block(nn.Module):
         return 2 * config.hidden_size + Attention.count(config) + MLPS[config.mlp].count(config) + residuals
 
     def forward(
-        self, stream: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None, carry: Carry = NOTHING
+        self, stream: Tensor, rope: tuple[Tensor, Tensor], cache: KVSlot | None = None, carry: Carry = NOTHING
     ) -> tuple[Tensor, Carry]:
         """The new stream, and what residuals of later blocks need of it."""
         first = self.attention(self.attention_norm(stream), rope, cache)
@@ -68,11 +72,26 @@ class PlainStack(nn.Module):
 
     @staticmethod
     def applications(config: DecoderConfig) -> int:
-        """How often a block runs in one forward pass: the cache slots, and the factor of the FLOP count."""
+        """How often a block runs in one forward pass: the cache slots."""
         return config.num_layers
+
+    @classmethod
+    def products(cls, config: DecoderConfig, loops: int | Sequence[int] | None = None) -> float:
+        """Weights that a token meets in one forward pass: half its FLOPs, attention's pairs apart."""
+        return cls.count(config) / config.num_layers * cls.applications(config)
+
+    @classmethod
+    def stages_of(cls, config: DecoderConfig, loops: int | Sequence[int] | None = None) -> tuple[Stage, ...]:
+        """One stage without loops."""
+        if loops is not None:
+            raise ValueError(f"Decoder: loops must be None for stack={config.stack!r}, got {loops!r}")
+        return (Stage(cls.applications(config), 1),)
 
     def forward(self, stream: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
         carry = Carry(x0=stream)
-        for i, block in enumerate(self.blocks):
-            stream, carry = block(stream, rope, None if cache is None else cache.layers[i], carry)
+        views: Sequence[KVSlot | None] = [None] * len(self.blocks)
+        if cache is not None:
+            views = cache.stages[0].views(0, cache.length)
+        for block, view in zip(self.blocks, views):
+            stream, carry = block(stream, rope, view, carry)
         return stream

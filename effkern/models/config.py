@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from effkern.models.loop_config import LoopConfig
 from effkern.models.parts import MLPS, RESIDUALS, STACKS
+from effkern.models.stages import parse_stages
 from effkern.nn.laurel import INITS, VARIANTS
 from effkern.ops.laurel.scalars import SCALAR_MAPS
 
@@ -71,12 +73,14 @@ class DecoderConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
     init_std: float = 0.02
-    """Of the embedding and an untied head. Projections: 1/sqrt(inputs), ends of branches over sqrt(2 num_layers)."""
+    """Of the embedding and an untied head. Projections: 1/sqrt(inputs), ends of branches over sqrt(2 depth)."""
     residual: str = "add"
     """"add", or "laurel": as `laurel` says."""
     laurel: LaurelConfig = field(default_factory=LaurelConfig)
     mlp: str = "swiglu"
     stack: str = "plain"
+    """"plain": num_layers blocks; "looped": the stages of `loop`, which have num_layers blocks together."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
         for name in (
@@ -101,6 +105,7 @@ class DecoderConfig:
         for name in ("rope_theta", "norm_eps", "init_std"):
             self._require(name, getattr(self, name) > 0, "be positive")
         self._check_parts()
+        self._check_loop()
         if not isinstance(self.laurel, LaurelConfig):
             raise TypeError(f"DecoderConfig: laurel must be a LaurelConfig, got {self.laurel!r}")
         if self.residual == "laurel" and VARIANTS[self.laurel.variant].low_rank and self.laurel.rank > self.hidden_size:
@@ -116,6 +121,33 @@ class DecoderConfig:
         for name, registry in (("residual", RESIDUALS), ("mlp", MLPS), ("stack", STACKS)):
             known: list[str] = sorted(registry)
             self._require(name, getattr(self, name) in known, f"be one of {known}")
+
+    def _check_loop(self) -> None:
+        if not isinstance(self.loop, LoopConfig):
+            raise TypeError(f"DecoderConfig: loop must be a LoopConfig, got {self.loop!r}")
+        if self.stack != "looped":
+            if self.loop != LoopConfig():
+                self._require("stack", False, "be 'looped' where loop is given")
+            return
+        if not self.loop.stages:
+            raise ValueError("DecoderConfig: loop.stages must be given for stack='looped', as '4x1,4x4,4x1', got ''")
+        layers = sum(stage.layers for stage in parse_stages(self.loop.stages))
+        rule = f"be {layers}, the layers of loop.stages={self.loop.stages!r}"
+        self._require("num_layers", self.num_layers == layers, rule)
+        if self.loop.rank > self.hidden_size:
+            rule = f"be at most hidden_size={self.hidden_size}"
+            raise ValueError(f"DecoderConfig: loop.rank must {rule}, got {self.loop.rank}")
+        if self.residual == "laurel" and (VARIANTS[self.laurel.variant].previous or self.laurel.x0):
+            # What such a residual reads of earlier ones would come from another loop, or from another stage.
+            raise ValueError(
+                "DecoderConfig: laurel.variant must be 'rw', 'lr' or 'rw+lr', without x0, for stack='looped', "
+                f"got {self.laurel.variant!r} with x0={self.laurel.x0}"
+            )
+
+    @property
+    def depth(self) -> int:
+        """Layers that a token goes through, loops counted."""
+        return STACKS[self.stack].applications(self)
 
     @property
     def head_size(self) -> int:

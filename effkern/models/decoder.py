@@ -1,13 +1,27 @@
 """The decoder: tokens in, hidden states out; the loss op meets the head's weight."""
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 
-from effkern.models.attention import KVCache
 from effkern.models.config import DecoderConfig
+from effkern.models.kv_cache import KVCache
+from effkern.models.kv_policy import KVPolicy
 from effkern.models.layers import Projection, RMSNorm, TokenEmbedding, fill_parameters
 from effkern.models.parts import STACKS
 from effkern.models.rope import rope_table
+from effkern.models.stages import Stage
+
+
+class LoopOutputs(NamedTuple):
+    """See Decoder.loop_outputs."""
+
+    hidden: Tensor
+    """[L, B, T, d]."""
+    log_probs: Tensor
+    """log p_t of an exit after loop t, [L, B, T]."""
 
 
 class Decoder(nn.Module):
@@ -35,6 +49,8 @@ class Decoder(nn.Module):
         if not config.tie_head:
             self.head = Projection(config.hidden_size, config.padded_vocab, config.init_std)
         fill_parameters(self, seed)
+        if hasattr(self.stack, "seed_loops"):
+            self.stack.seed_loops(seed)
         self.to(device=device, dtype=dtype)
 
     @property
@@ -47,26 +63,88 @@ class Decoder(nn.Module):
         """Number of real rows of the head, or None when it has no padding."""
         return None if self.config.padded_vocab == self.config.vocab_size else self.config.vocab_size
 
-    def forward(self, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        cache: KVCache | None = None,
+        *,
+        loops: int | Sequence[int] | None = None,
+        step: int | None = None,
+    ) -> Tensor:
         """Hidden states after the last norm, [B, T, d]; with a cache, of the new positions only.
 
+        Args:
+            loops: of this call, for all looped stages or one for each; None: the config's. A cache must be for them.
+            step: of training, where a looped stack draws them.
+
         Raises:
-            ValueError: the sequence is longer than config.max_seq_len.
+            ValueError: the sequence is longer than config.max_seq_len; loops or cache do not fit the stack; a training
+                call has no step to draw loops from.
         """
-        start, length = (0 if cache is None else cache.length), tokens_BT.shape[1]
+        start, length = 0, tokens_BT.shape[1]
+        if cache is not None:
+            cache.check(self.config, self.stages(loops), len(tokens_BT))
+            start = cache.begin(length)
+        stream, rope = self.embed(tokens_BT, start)
+        looped: dict[str, Any] = {} if loops is None and step is None else {"loops": loops, "step": step}
+        if looped and self.config.stack == "plain":
+            # Raises where loops are given; a step alone is nothing to a stack that draws none.
+            self.stages(loops)
+            looped = {}
+        stream = self.stack(stream, rope, cache, **looped)
+        if cache is not None:
+            cache.length += length
+        return self.norm(stream)
+
+    def loop_outputs(
+        self, tokens_BT: Tensor, *, loops: int | Sequence[int] | None = None, step: int | None = None
+    ) -> LoopOutputs:
+        """Hidden states after the last norm had the decoder stopped after loop t, for t = 1 .. L, and the gate's exits.
+
+        Raises:
+            ValueError: the decoder has no exit gate, or several looped stages; see also forward.
+        """
+        if not self.config.loop.exit_gate:
+            raise ValueError(f"Decoder: loop.exit_gate must be True for loop_outputs, got {self.config.loop.exit_gate}")
+        stream, rope = self.embed(tokens_BT, 0)
+        hidden, log_probs = self.stack.all_outputs(stream, rope, loops=loops, step=step)
+        return LoopOutputs(self.norm(hidden), log_probs)
+
+    def embed(self, tokens_BT: Tensor, start: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The stream before the first block, and the rotations, of positions from `start` on.
+
+        Raises:
+            ValueError: they go beyond config.max_seq_len.
+        """
+        length = tokens_BT.shape[1]
         if start + length > self.config.max_seq_len:
             raise ValueError(
                 f"Decoder: tokens must be at most max_seq_len={self.config.max_seq_len} positions, got {start + length}"
             )
         stream = self.embedding(tokens_BT)
         rope = rope_table(start, length, self.config.head_size, self.config.rope_theta, stream.device, stream.dtype)
-        return self.norm(self.stack(stream, rope, cache))
+        return stream, rope
+
+    def stages(self, loops: int | Sequence[int] | None = None) -> tuple[Stage, ...]:
+        """Layers and loops of every stage of the stack, with these loops in place of the config's."""
+        return STACKS[self.config.stack].stages_of(self.config, loops)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the real tokens, [..., vocab_size]. For sampling: training never makes them."""
         return nn.functional.linear(hidden, self.head_weight[: self.config.vocab_size])
 
-    def new_cache(self, batch: int, max_len: int) -> KVCache:
-        """An empty cache for `batch` sequences of up to `max_len` tokens; dtype and device are those of the weights."""
-        slots = STACKS[self.config.stack].applications(self.config)
-        return KVCache(self.config, slots, batch, max_len, self.embedding.weight.device, self.embedding.weight.dtype)
+    def new_cache(
+        self,
+        batch: int,
+        max_len: int,
+        policy: str | KVPolicy = "full",
+        *,
+        loops: int | Sequence[int] | None = None,
+    ) -> KVCache:
+        """An empty cache for `batch` sequences of up to `max_len` tokens; dtype and device are those of the weights.
+
+        Args:
+            policy: what looped stages keep (effkern.models.kv_policy). loops: those of the calls it will be used in.
+        """
+        weight = self.embedding.weight
+        return KVCache(self.config, self.stages(loops), batch, max_len, weight.device, weight.dtype, policy)

@@ -1,9 +1,15 @@
 """Sampling from a decoder."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from effkern.models.adaptive import adaptive_pass
 from effkern.models.decoder import Decoder
+from effkern.models.exits import ExitTest, exit_test
+from effkern.models.kv_policy import KVPolicy
 
 
 def _filter_logits(logits_BV: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
@@ -27,7 +33,15 @@ def _draw(logits_BV: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True).clamp_max(logits_BV.shape[-1] - 1)
 
 
-@torch.no_grad()
+class Generation(NamedTuple):
+    """See generate_with_loops."""
+
+    tokens: Tensor
+    """int64 [B, T + new]."""
+    loops: Tensor
+    """Loops of the pass that each new token came from, int64 [B, new, looped stages]."""
+
+
 def generate(
     model: Decoder,
     tokens_BT: Tensor,
@@ -39,6 +53,10 @@ def generate(
     seed: int = 0,
     eos: int | None = None,
     use_cache: bool = True,
+    loops: int | Sequence[int] | None = None,
+    kv_policy: str | KVPolicy | None = None,
+    exit: str | ExitTest | None = None,
+    compact: bool = True,
 ) -> Tensor:
     """Continue every row of `tokens_BT`.
 
@@ -50,14 +68,87 @@ def generate(
         top_k: keep the k most likely tokens. top_p: then keep the most likely tokens up to this mass.
         seed: of the draws; the same seed gives the same tokens.
         eos: a row that has produced it is filled with it.
-        use_cache: False recomputes every position (the same tokens, slower).
+        use_cache: False recomputes every position (the same tokens with kv_policy "full", slower).
+        loops: of looped stages, one number or one for each; the config's by default.
+        kv_policy: what looped stages keep of earlier tokens (effkern.models.kv_policy); by default "full", with `exit`
+            "latest-available".
+        exit: when a row has looped enough for a token (effkern.models.exits): a test, its name, or "kl=1e-4".
+        compact: see adaptive_pass.
 
     Returns:
         int64 [B, T + new].
 
     Raises:
-        ValueError: an argument is out of range, or prompt + max_new_tokens exceeds max_seq_len.
+        ValueError: an argument is out of range, prompt + max_new_tokens exceeds max_seq_len, or the last five do not
+            fit the model or each other.
     """
+    return generate_with_loops(
+        model, tokens_BT, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, eos=eos,
+        use_cache=use_cache, loops=loops, kv_policy=kv_policy, exit=exit, compact=compact,
+    ).tokens  # fmt: skip
+
+
+@torch.no_grad()
+def generate_with_loops(
+    model: Decoder,
+    tokens_BT: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    eos: int | None = None,
+    use_cache: bool = True,
+    loops: int | Sequence[int] | None = None,
+    kv_policy: str | KVPolicy | None = None,
+    exit: str | ExitTest | None = None,
+    compact: bool = True,
+) -> Generation:
+    """`generate`, and how many loops each token took. Arguments and errors are those of generate."""
+    total = _check(model, tokens_BT, max_new_tokens, temperature, top_k, top_p)
+    test = None if exit is None else exit_test(exit)
+    if not use_cache and (test is not None or kv_policy is not None):
+        raise ValueError(f"generate: use_cache must be True for exit and kv_policy, got {use_cache!r}")
+    # Written out, so that a model in training mode draws none.
+    looped = [now.loops for now, own in zip(model.stages(loops), model.stages()) if own.looped]
+    loops = looped or None
+    cache = None
+    if use_cache:
+        policy = kv_policy or ("full" if test is None else "latest-available")
+        cache = model.new_cache(len(tokens_BT), total, policy, loops=loops)
+
+    generator = torch.Generator().manual_seed(seed)
+    ended = torch.zeros(len(tokens_BT), 1, dtype=torch.bool, device=tokens_BT.device)
+    all_loops = torch.tensor([looped] * len(tokens_BT), dtype=torch.int64, device=tokens_BT.device)
+    all_loops = all_loops.view(len(tokens_BT), len(looped))
+    fresh, counts = tokens_BT, []
+    for _ in range(max_new_tokens):
+        ran = all_loops
+        if test is not None:
+            assert cache is not None
+            hidden, ran = adaptive_pass(model, fresh, cache, test, compact=compact)
+        else:
+            hidden = model(tokens_BT if cache is None else fresh, cache, loops=loops)
+        counts.append(ran)
+        logits_BV = model.logits(hidden[:, -1])
+        if temperature == 0:
+            fresh = logits_BV.argmax(-1, keepdim=True)
+        else:
+            fresh = _draw(_filter_logits(logits_BV / temperature, top_k, top_p), generator)
+        if eos is not None:
+            fresh = torch.where(ended, torch.full_like(fresh, eos), fresh)
+            ended = ended | (fresh == eos)
+        tokens_BT = torch.cat((tokens_BT, fresh), dim=1)
+        if eos is not None and bool(ended.all()):
+            break
+    return Generation(tokens_BT, torch.stack(counts, 1) if counts else all_loops[:, None][:, :0])
+
+
+def _check(
+    model: Decoder, tokens_BT: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+) -> int:
+    """Length of prompt and new tokens. Raises ValueError."""
     if tokens_BT.dim() != 2 or tokens_BT.shape[1] < 1:
         raise ValueError(f"generate: tokens_BT must have shape [B, T] with T >= 1, got {tuple(tokens_BT.shape)}")
     if max_new_tokens < 0:
@@ -71,21 +162,4 @@ def generate(
         raise ValueError(f"generate: top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}")
-
-    generator = torch.Generator().manual_seed(seed)
-    cache = model.new_cache(len(tokens_BT), total) if use_cache else None
-    ended = torch.zeros(len(tokens_BT), 1, dtype=torch.bool, device=tokens_BT.device)
-    fresh = tokens_BT
-    for _ in range(max_new_tokens):
-        logits_BV = model.logits(model(tokens_BT if cache is None else fresh, cache)[:, -1])
-        if temperature == 0:
-            fresh = logits_BV.argmax(-1, keepdim=True)
-        else:
-            fresh = _draw(_filter_logits(logits_BV / temperature, top_k, top_p), generator)
-        if eos is not None:
-            fresh = torch.where(ended, torch.full_like(fresh, eos), fresh)
-            ended = ended | (fresh == eos)
-        tokens_BT = torch.cat((tokens_BT, fresh), dim=1)
-        if eos is not None and bool(ended.all()):
-            break
-    return tokens_BT
+    return total

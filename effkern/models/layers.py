@@ -65,9 +65,15 @@ class RMSNorm(nn.Module):
 
 
 def fill_parameters(model: nn.Module, seed: int) -> None:
-    """Fill every parameter of `model` from `seed`. Raises RuntimeError if a module owns some but cannot fill itself."""
+    """Fill every parameter of `model` from `seed`, by each module's `fill`, which may also fill its direct children.
+
+    Raises:
+        RuntimeError: a module owns parameters and neither it nor its parent can fill them.
+    """
+    fills = {"": hasattr(model, "fill")}
     for name, module in model.named_modules():
-        if hasattr(module, "fill"):
+        fills[name] = hasattr(module, "fill")
+        if fills[name]:
             cast(Projection, module).fill(generator_for(seed, name))
-        elif next(module.parameters(recurse=False), None) is not None:
+        elif next(module.parameters(recurse=False), None) is not None and not fills[name.rpartition(".")[0]]:
             raise RuntimeError(f"fill_parameters: module {name!r} owns parameters but has no fill(generator)")

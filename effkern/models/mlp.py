@@ -15,7 +15,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         d, m = config.hidden_size, config.mlp_size
         self.gate_up = Projection(d, 2 * m, d**-0.5)
-        self.down = Projection(m, d, (2 * config.num_layers * m) ** -0.5)
+        self.down = Projection(m, d, (2 * config.depth * m) ** -0.5)
 
     @staticmethod
     def count(config: DecoderConfig) -> int:

@@ -1,7 +1,7 @@
 """Registries of the parts that a DecoderConfig names.
 
 A part is a module class made from the config, with `count(config)` for its parameters; a stack also has
-`applications(config)`, and a residual is also told its place. Looped stacks become entries here.
+`applications(config)`, `products(config, loops)` and `stages_of(config, loops)`, and a residual is also told its place.
 """
 
 from collections.abc import Callable

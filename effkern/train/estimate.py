@@ -6,6 +6,7 @@ import torch
 
 from effkern.models import DecoderConfig, count_parameters, forward_flops
 from effkern.models.parts import STACKS
+from effkern.models.stages import parse_stages
 from effkern.train.config import TrainConfig
 from effkern.train.schedules import teacher_steps
 
@@ -13,11 +14,12 @@ FORMULAS = (
     "weights 4 B, gradients 4 B, AdamW moments 8 B a parameter; bf16 adds a 2 B copy of what autocast casts",
     "activations = micro-batch tokens x [blocks x (2 d (8 + a) + a D (4 H + 3 K) + 4 a m) + d (8 + a)],",
     "  a = bytes of a product's result (2 in bf16, 4 in fp32); H, K, D heads, kv heads, head size; m mlp size;",
-    "  what autograd keeps; torch.compile keeps less",
+    "  what autograd keeps; torch.compile keeps less. A looped stage of k layers and L loops keeps L k blocks with",
+    "  mode full, L x 4 d + k blocks with recompute, (L + k) x 4 d + 1 block with recompute_layer",
     "loss op: chunks of logits within its own budget, tokens x vocabulary is never stored",
     "teacher: weights 4 B, and its hidden states; it keeps nothing for a backward pass",
     "FLOPs: forward = 2 per weight of blocks and head + 2 x width x (length + 1) per attention; backward = 2 forwards;",
-    "  the teacher costs one forward in the steps that use it",
+    "  the teacher costs one forward in the steps that use it; loops that run again are not counted",
 )
 
 
@@ -57,7 +59,40 @@ def activation_bytes(model: DecoderConfig, tokens: int, dtype: torch.dtype) -> i
     a = dtype.itemsize
     d, heads = model.hidden_size, 4 * model.num_heads + 3 * model.num_kv_heads
     block = 2 * d * (8 + a) + a * heads * model.head_size + 4 * a * model.mlp_size
-    return tokens * (STACKS[model.stack].applications(model) * block + d * (8 + a))
+    return tokens * (_kept_blocks(model, block) + d * (8 + a))
+
+
+def _training_flops(model: DecoderConfig, seq_len: int) -> float:
+    """FLOPs a token, forward and backward: with drawn loops those of their mean, backward only through loops that have
+    a gradient."""
+    if model.stack != "looped":
+        return 3.0 * forward_flops(model, seq_len).total
+    loop, stages = model.loop, parse_stages(model.loop.stages)
+    ran = [min(round(loop.mean_loops(s)), loop.max_loops or s.loops + 1) if s.looped else 1 for s in stages]
+    back = [min(loops, loop.gradient_loops or loops) for loops in ran]
+
+    def forward(counts: list[int]) -> float:
+        return forward_flops(model, seq_len, [n for n, s in zip(counts, stages) if s.looped]).total
+
+    return forward(ran) + 2.0 * forward(back)
+
+
+def _kept_blocks(model: DecoderConfig, block: int) -> int:
+    """Bytes a token of all blocks: those of a stage that runs again count once, beside the inputs of its loops."""
+    if model.stack != "looped":
+        return STACKS[model.stack].applications(model) * block
+    mode, state = model.loop.mode, 4 * model.hidden_size
+    kept, again = 0, 0
+    for stage in parse_stages(model.loop.stages):
+        loops = round(model.loop.mean_loops(stage)) if stage.looped else 1
+        if not stage.looped or mode in ("full", "autograd"):
+            kept += loops * stage.layers * block
+        elif mode == "recompute_layer":
+            kept, again = kept + loops * state, max(again, stage.layers * state + block)
+        else:
+            with_gradient = min(loops, model.loop.gradient_loops or loops)
+            kept, again = kept + with_gradient * state, max(again, stage.layers * block)
+    return kept + again
 
 
 def estimate(config: TrainConfig, dtype: torch.dtype, teacher: DecoderConfig | None = None) -> Estimate:
@@ -80,7 +115,7 @@ def estimate(config: TrainConfig, dtype: torch.dtype, teacher: DecoderConfig | N
         autocast_copies=copies,
         activations=activation_bytes(config.model, config.data.micro_rows * config.data.seq_len, dtype),
         teacher_weights=4 * count_parameters(teacher) if teacher is not None and stage_one else 0,
-        student_flops=3.0 * forward_flops(config.model, config.data.seq_len).total * tokens,
+        student_flops=_training_flops(config.model, config.data.seq_len) * tokens,
         teacher_flops=forward_flops(teacher, config.data.seq_len).total * teacher_tokens
         if teacher is not None
         else 0.0,

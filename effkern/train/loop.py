@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from effkern.data import BatchOrder, PackedDataset, val_batches
-from effkern.models import Decoder, count_parameters
+from effkern.models import Block, Decoder, LoopedStack, count_parameters, parse_stages
+from effkern.models.layers import generator_for
 from effkern.train.cached_teacher import CachedTeacher
 from effkern.train.checkpoint import CheckpointError, load_newest, save_checkpoint, set_aside
 from effkern.train.config import TrainConfig
@@ -74,12 +75,13 @@ class Trainer:
                 f"model.vocab_size must be at least {self.dataset.vocab_size} for {config.data.path}, "
                 f"got {config.model.vocab_size}"
             )
+        _check_gate(config)
         self.inputs = Inputs.of(self.dataset)
         self.order = BatchOrder(
             self.dataset, seq_len=config.data.seq_len, batch_size=config.data.batch_size, seed=config.data.seed
         )
         self.model = Decoder(config.model, seed=config.run.seed, device=self.device)
-        self.forward = torch.compile(self.model, fullgraph=True) if config.run.compile else self.model
+        self.forward = compiled(self.model) if config.run.compile else self.model
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.state = RunState()
         self.teacher: Decoder | None = None
@@ -176,6 +178,9 @@ class Trainer:
         if self.cached is not None and omega > 0:
             with timer.measure("teacher"):
                 labels = self.cached.labels(step)
+        if config.model.loop.init == "noise":
+            # The only draws that use the default generators.
+            torch.manual_seed(generator_for(config.run.seed, f"step {step}").initial_seed())
         result = train_step(
             self.model,
             self.forward,
@@ -188,6 +193,7 @@ class Trainer:
             rate=learning_rate(config.optimizer, config.schedule.steps, step),
             dtype=self.dtype,
             timer=timer,
+            step=step,
         )
         if timer.enabled:
             self.state.timed_s += timer.total
@@ -260,6 +266,27 @@ class Trainer:
 
                 plot_run(records, self.out / "curves.png")
         return result
+
+
+def _check_gate(config: TrainConfig) -> None:
+    loop, mode = config.model.loop, config.schedule.mode
+    if loop.exit_gate and not loop.exit_beta:
+        raise ValueError(f"model.loop.exit_beta must be positive to train an exit gate, got {loop.exit_beta}")
+    if loop.exit_gate and sum(stage.looped for stage in parse_stages(loop.stages)) > 1:
+        raise ValueError(f"model.loop.stages must have one looped stage to train an exit gate, got {loop.stages!r}")
+    if loop.exit_gate and mode != "baseline":
+        raise ValueError(f"schedule.mode must be baseline to train an exit gate, got {mode!r}")
+
+
+def compiled(model: Decoder) -> Any:
+    """The model's forward pass, compiled: as one graph, or layer by layer where stages loop, so that no number of loops
+    compiles anything."""
+    if not isinstance(model.stack, LoopedStack):
+        return torch.compile(model, fullgraph=True)
+    for module in model.stack.modules():
+        if isinstance(module, Block):
+            module.compile(fullgraph=True)
+    return model
 
 
 def train(config: TrainConfig, *, title: str = "train", quiet: bool = False) -> TrainResult:

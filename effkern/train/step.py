@@ -12,6 +12,7 @@ from effkern.ops.distill import TeacherHidden, TeacherTopK, linear_distill_loss
 from effkern.train.cached_teacher import StepLabels
 from effkern.train.config import TrainConfig
 from effkern.train.device import autocast
+from effkern.train.exit_loss import exit_loss
 from effkern.train.timing import StepTimer
 
 IGNORE = -100
@@ -22,7 +23,7 @@ class StepResult:
     """Means over the supervised tokens of one step (nats per token), measured before its update."""
 
     loss: float
-    """What was minimised: (1 - omega) ce + omega divergence."""
+    """What was minimised: (1 - omega) ce + omega divergence; with an exit gate what exit_loss says."""
     ce: float
     divergence: float
     accuracy: float
@@ -45,7 +46,7 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def train_step(
     model: Decoder,
-    forward: Callable[[Tensor], Tensor],
+    forward: Callable[..., Tensor],
     optimizer: torch.optim.Optimizer,
     tokens: Tensor,
     config: TrainConfig,
@@ -56,17 +57,28 @@ def train_step(
     rate: float,
     dtype: torch.dtype,
     timer: StepTimer,
+    step: int = 0,
 ) -> StepResult:
     """One update from `tokens` [batch, seq_len + 1]; `forward` is `model` or its compiled form.
 
     Every micro-batch divides by the number of supervised tokens of the whole step, so that accumulation gives the
     gradient of the whole batch. The teacher runs only where omega > 0; `labels` are a cache's, in its place.
+    With an exit gate the loss is exit_loss, and ce and accuracy are those of the last loop.
+    A looped model draws its loops from `step`: the same for all micro-batches, and again after a resume.
     """
+    looped = {"step": step} if model.config.stack == "looped" else {}
     denom = int((tokens[:, 1:] != IGNORE).sum())
     optimizer.zero_grad(set_to_none=True)
     sums = torch.zeros(4, dtype=torch.float64, device=tokens.device)
     for first, rows in enumerate(tokens.split(config.data.micro_rows)):
         inputs, targets = rows[:, :-1], rows[:, 1:].flatten()
+        if model.config.loop.exit_gate:
+            with autocast(tokens.device, dtype), timer.measure("loss"):
+                exits = exit_loss(model, inputs, targets, step=step, ignore=IGNORE, denom=denom)
+            timer.backward(exits.loss)
+            parts = (exits.loss.detach() * denom, exits.ce.sum(), exits.ce.new_zeros(()), exits.hit.sum())
+            sums += torch.stack([part.double() for part in parts])
+            continue
         with autocast(tokens.device, dtype):
             target: TeacherHidden | TeacherTopK | None = None
             # A cache has the temperature in its labels.
@@ -76,7 +88,7 @@ def train_step(
             elif omega > 0 and teacher is not None:
                 with timer.measure("teacher"), torch.no_grad():
                     target = TeacherHidden(teacher(inputs).flatten(0, 1), teacher.head_weight)
-            hidden = forward(inputs).flatten(0, 1)
+            hidden = forward(inputs, **looped).flatten(0, 1)
             timer.watch(hidden)
             with timer.measure("loss"):
                 result = linear_distill_loss(

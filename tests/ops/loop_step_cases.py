@@ -16,6 +16,8 @@ CASES: dict[str, Keywords] = {
     "f alone": {},
     "damped": {"alpha": 0.25, "beta": 0.75},
     "injection": {"e": True},
+    "embedding alone": {"embedding": True},
+    "learned entrance": {"e": True, "state_scale": "channel", "input_scale": "one", "embedding": True},
     "scaled": {"e": True, "state_scale": 0.7, "input_scale": 0.3},
     "scaled state alone": {"state_scale": 0.7, "beta": 1.0},
     "embedding": {"beta": 1.0, "embedding": True},

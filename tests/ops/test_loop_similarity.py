@@ -12,10 +12,17 @@ from tests.numerics import assert_as_good_as_eager, rel_err
 CPU = torch.device("cpu")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton in its interpreter takes tiny tensors only, with a small step.
-IMPLS = [i.name for i in registry.registered()["loop_similarity"] if i.unavailable(torch.device(DEVICE)) is None]
+IMPLS = [
+    i.name for i in registry.registered()["loop_similarity"] if i.unavailable(torch.device(DEVICE)) is None
+    or i.unavailable(CPU) is None
+]  # fmt: skip
 IMPL = pytest.mark.parametrize("impl", IMPLS)
 COMPILED = pytest.mark.skipif(native.load("_C") is not None, reason=str(native.load("_C")))
 Groups = dict[str, list[torch.Tensor]]
+
+
+def home(impl: str) -> str:
+    return "cpu" if impl == "cpp" else DEVICE
 
 
 @pytest.fixture(autouse=True)
@@ -32,12 +39,14 @@ def _small_steps(monkeypatch):
             exact_bfloat16(monkeypatch)
 
 
-def make(layers: int = 6, dtype: torch.dtype = torch.float32, shapes=((5, 13), (7,), (3,))) -> Groups:
+def make(
+    layers: int = 6, dtype: torch.dtype = torch.float32, shapes=((5, 13), (7,), (3,)), device: str = DEVICE
+) -> Groups:
     """Groups of layers that are alike to a degree; sizes of several steps and below one."""
     made = {}
     for i, shape in enumerate(shapes):
         common = torch.randn(shape)
-        tensors = [(common + 0.7 * torch.randn(shape)).to(DEVICE, dtype) for _ in range(layers)]
+        tensors = [(common + 0.7 * torch.randn(shape)).to(device, dtype) for _ in range(layers)]
         made[f"g{i}"] = [t.requires_grad_() for t in tensors]
     return made
 
@@ -70,7 +79,7 @@ def run(groups: Groups, values: torch.Tensor, mean: torch.Tensor, grads: torch.T
 
 
 def check(groups: Groups, block: int, impl: str) -> None:
-    grads = torch.randn(len(groups), device=DEVICE)
+    grads = torch.randn(len(groups), device=flat(groups)[0].device)
     results = []
     for given, name in ((to(groups, torch.float64), "reference"), (to(groups), "reference"), (to(groups), impl)):
         out = loop_similarity(given, block, impl=name)
@@ -94,20 +103,25 @@ def test_the_reference_is_the_formula(layers, block):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @IMPL
 def test_every_chain(impl, dtype, layers, block):
-    check(make(layers, dtype), block, impl)
+    check(make(layers, dtype, device=home(impl)), block, impl)
+
+
+def test_half():
+    """float16 is Triton's alone of the fused forms."""
+    check(make(4, torch.float16), 2, "triton" if "triton" in IMPLS else "auto")
 
 
 @COMPILED
 def test_cpp_several_tasks():
     """Over a step of 4096 elements, over a task of 16384, and exactly one."""
     for dtype in (torch.float32, torch.bfloat16):
-        check(make(4, dtype, shapes=((3, 5000), (33, 1111), (16384,))), 2, "cpp")
+        check(make(4, dtype, shapes=((3, 5000), (33, 1111), (16384,)), device="cpu"), 2, "cpp")
 
 
 @IMPL
 def test_a_looped_model_is_1(impl):
     """The same block again and again: all cosines are 1, and their slope is 0."""
-    block = [torch.randn(4, 9, device=DEVICE) for _ in range(2)]
+    block = [torch.randn(4, 9, device=home(impl)) for _ in range(2)]
     tensors = [t.clone().requires_grad_() for _ in range(3) for t in block]
     out = loop_similarity([tensors], 2, impl=impl)
     torch.testing.assert_close(out.mean.item(), 1.0)
@@ -120,7 +134,7 @@ def test_a_looped_model_is_1(impl):
 @IMPL
 def test_subtracting_it_pulls_blocks_together(impl):
     """A few steps on -mean raise it: the sign of the regulariser."""
-    tensors = [torch.randn(3, 5, device=DEVICE).requires_grad_() for _ in range(4)]
+    tensors = [torch.randn(3, 5, device=home(impl)).requires_grad_() for _ in range(4)]
     before = loop_similarity([tensors], 2, impl=impl).mean.item()
     for _ in range(5):
         (0.0 - loop_similarity([tensors], 2, impl=impl).mean).backward()
@@ -134,7 +148,7 @@ def test_subtracting_it_pulls_blocks_together(impl):
 @IMPL
 def test_groups_of_different_kinds(impl):
     """Lengths and dtypes differ by group; a sequence counts like a mapping."""
-    groups = make(4) | {"half": make(6, torch.bfloat16)["g0"]}
+    groups = make(4, device=home(impl)) | {"half": make(6, torch.bfloat16, device=home(impl))["g0"]}
     check(groups, 2, impl)
     first = loop_similarity(groups, 2, impl=impl)
     assert torch.equal(loop_similarity(list(groups.values()), 2, impl=impl).groups, first.groups)
@@ -146,7 +160,7 @@ def test_groups_of_different_kinds(impl):
 @IMPL
 def test_tensors_of_zeros(impl):
     """Their cosines are 0; neither they nor their partners move by them, and the other pairs count as ever."""
-    groups = make(6)
+    groups = make(6, device=home(impl))
     with torch.no_grad():
         groups["g0"][2].zero_()
     out = loop_similarity(groups, 2, impl=impl)
@@ -157,16 +171,16 @@ def test_tensors_of_zeros(impl):
     for i in (0, 2, 4):
         assert torch.equal(theta[i].grad, torch.zeros_like(theta[i])), i
     assert all(theta[i].grad.abs().sum() > 0 for i in (1, 3, 5))
-    nothing = [torch.zeros(3, 4, device=DEVICE).requires_grad_() for _ in range(2)]
+    nothing = [torch.zeros(3, 4, device=home(impl)).requires_grad_() for _ in range(2)]
     out = loop_similarity([nothing], 1, impl=impl)
     out.mean.backward()
     assert out.mean.item() == 0.0
-    assert torch.equal(nothing[0].grad, torch.zeros(3, 4, device=DEVICE))
+    assert torch.equal(nothing[0].grad, torch.zeros(3, 4, device=home(impl)))
 
 
 @IMPL
 def test_nan_and_scale(impl):
-    groups = make(4)
+    groups = make(4, device=home(impl))
     big = {k: [(t * 1e4).detach().requires_grad_() for t in v] for k, v in groups.items()}
     a, b = (loop_similarity(g, 2, impl=impl) for g in (groups, big))
     torch.testing.assert_close(a.groups, b.groups)
@@ -179,7 +193,7 @@ def test_nan_and_scale(impl):
 
 @IMPL
 def test_frozen_tensors_and_layouts(impl):
-    groups = make(4)
+    groups = make(4, device=home(impl))
     truth = loop_similarity(groups, 2, impl=impl)
     truth.mean.backward()
     other = {k: [torch.stack([t.detach()] * 2, -1)[..., 0] for t in v] for k, v in groups.items()}
@@ -196,7 +210,7 @@ def test_frozen_tensors_and_layouts(impl):
 
 @IMPL
 def test_parameters_of_modules(impl):
-    layers = [torch.nn.Linear(4, 4, device=DEVICE) for _ in range(4)]
+    layers = [torch.nn.Linear(4, 4, device=home(impl)) for _ in range(4)]
     groups = {"weight": torch.nn.ParameterList(m.weight for m in layers), "bias": tuple(m.bias for m in layers)}
     loop_similarity(groups, 2, impl=impl).mean.backward()
     assert all(m.weight.grad.abs().sum() > 0 and m.bias.grad.abs().sum() > 0 for m in layers)
@@ -204,7 +218,7 @@ def test_parameters_of_modules(impl):
 
 @COMPILED
 def test_cpp_bits_do_not_depend_on_threads():
-    groups = make(4, shapes=((70, 1111), (5,)))
+    groups = make(4, shapes=((70, 1111), (5,)), device="cpu")
     threads = torch.get_num_threads()
     found = []
     try:
@@ -224,23 +238,23 @@ def test_compile(impl):
     def step(groups):
         return loop_similarity(groups, 2, impl=impl)
 
-    groups = make(4)
+    groups = make(4, device=home(impl))
     out, truth = step(groups), loop_similarity(groups, 2, impl=impl)
-    grads = torch.ones(3, device=DEVICE)
+    grads = torch.ones(3, device=home(impl))
     for a, b in zip(run(groups, *reversed(out), grads), run(groups, *reversed(truth), grads)):
         torch.testing.assert_close(a, b)
 
 
 def test_operators():
     ops = torch.ops.effkern
-    tensors = [t.detach() for t in flat(make(4))]
     for name in [n for n in IMPLS if n != "reference"]:
+        tensors = [t.detach() for t in flat(make(4, device=home(name)))]
         suffix = "" if name == "cpp" else "_triton"
         forward, backward = (getattr(ops, f"loop_similarity{suffix}_{way}") for way in ("fwd", "bwd"))
         torch.library.opcheck(forward, (tensors, [4, 4, 4], 2))
         _, factors = forward(tensors, [4, 4, 4], 2)
         wanted = [1, 0] * 6
-        torch.library.opcheck(backward, (tensors, factors, torch.randn(3, device=DEVICE), [4, 4, 4], 2, wanted))
+        torch.library.opcheck(backward, (tensors, factors, torch.randn(3, device=home(name)), [4, 4, 4], 2, wanted))
 
 
 @COMPILED

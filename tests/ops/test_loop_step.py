@@ -214,6 +214,22 @@ def test_damped(impl):
 
 
 @IMPL
+def test_the_state_may_be_f_itself(impl):
+    """Where no term changes it; gradients of both results come together, and go on without a copy where they may."""
+    kw = cases.make("injection")
+    out = loop_step(**kw, impl=impl)
+    assert out.state is kw["f"]
+    g = torch.randn(11, 13)
+    of_f, of_e = torch.autograd.grad([out.core_input, 2.0 * out.state], [kw["f"], kw["e"]], [g, g])
+    torch.testing.assert_close(of_f, 3.0 * g)
+    assert torch.equal(of_e, g)
+    alone = loop_step(kw["f"], kw["h"], impl=impl)
+    assert alone.state is alone.core_input is kw["f"]
+    cast = loop_step(kw["f"].detach().bfloat16(), kw["h"], impl=impl).state
+    assert torch.equal(cast, kw["f"].detach().bfloat16().float())
+
+
+@IMPL
 def test_beta_of_0_does_not_read_h(impl):
     """As a number it is no term; as a tensor it is one."""
     f, h = torch.ones(2, 8), torch.full((2, 8), float("nan"))
@@ -256,7 +272,8 @@ def test_cpp_sums_keep_their_digits():
 def test_cpp_keeps_little():
     """What backward holds that is as wide as a stream."""
     expected = {
-        "damped": set(), "injection": set(), "embedding": set(), "norm weight": {"s"}, "norm": {"s"},
+        "damped": set(), "injection": set(), "embedding": set(), "learned entrance": {"f", "e"},
+        "norm weight": {"s"}, "norm": {"s"},
         "learned beta, norm": {"s", "h"}, "learned alpha, norm": {"s", "f"}, "learned alpha alone, norm": {"f"},
         "per channel": {"f", "h", "e", "s"}, "low rank": {"h"}, "branch kept": {"f", "h"},
         "branch kept, no beta": {"f"},
@@ -317,11 +334,14 @@ def test_parameters_in_half_precision(impl):
 
 @IMPL
 def test_compile(impl):
+    # Both implementations' cases together would be too many for one function.
+    torch._dynamo.reset()
+
     @torch.compile(fullgraph=True, backend="aot_eager")
     def step(kw):
         return cases.ours(kw, impl)
 
-    for name in ("everything", "damped", "norm weight", "learned numbers"):
+    for name in ("everything", "damped", "norm weight", "learned numbers", "injection", "learned entrance"):
         kw = cases.make(name, rows=(2, 5))
         outputs = cases.ours(kw, impl)
         grads = random_like(outputs)
@@ -337,6 +357,10 @@ def test_cpp_operators():
     one, vector, down, up = torch.ones(1), torch.randn(8), torch.randn(8, 2), torch.randn(2, 8)
     full = (f, h, e, one, vector, one, vector, [1.0, 1.0, 1.0, 1.0], down, up, vector, vector, True, 1e-6, True)
     few = (f, h, None, None, None, None, None, [0.5, 0.5, 1.0, 1.0], None, None, None, None, False, 1e-6, False)
+    # Its state is f.
+    f_itself = (f, h, e, None, None, None, None, [1.0, 0.0, 1.0, 1.0], None, None, None, vector, False, 1e-6, True)
+    torch.library.opcheck(torch.ops.effkern.loop_step_fwd, f_itself)
+    assert torch.ops.effkern.loop_step_fwd(*f_itself)[0].numel() == 0
     for arguments in (full, few):
         torch.library.opcheck(torch.ops.effkern.loop_step_fwd, arguments)
         state, core_input, _, rstd, own = torch.ops.effkern.loop_step_fwd(*arguments)

@@ -156,6 +156,22 @@ def test_compile():
         torch.testing.assert_close(value, truth[key], rtol=1e-5, atol=1e-5, msg=key)
 
 
+def test_operators():
+    """Schemas, shape functions and aliasing rules of the two operators, by torch's own checker."""
+    f, h, e, g = torch.randn(4, 2, 3, 8, device=DEVICE)
+    one, vector = torch.ones(1, device=DEVICE), torch.randn(8, device=DEVICE)
+    down, up = torch.randn(8, 2, device=DEVICE), torch.randn(2, 8, device=DEVICE)
+    arguments = (f, h, e, one, vector, one, vector, [1.0] * 4, down, up, vector, vector, True, 1e-6, True)
+    torch.library.opcheck(torch.ops.effkern.loop_step_triton_fwd, arguments)
+    state, _, _, rstd, own = torch.ops.effkern.loop_step_triton_fwd(*arguments)
+    kept = (f, h, e, state, rstd, own)
+    for wanted in ((1 << 11) - 1, 0b100_0000_1010):
+        torch.library.opcheck(
+            torch.ops.effkern.loop_step_triton_bwd,
+            (g, g, *kept, *arguments[3:11], True, False, wanted),
+        )
+
+
 def test_what_is_not_covered():
     x = torch.zeros(2, 4, dtype=torch.float64, device=DEVICE)
     with pytest.raises(NotImplementedError, match=r"takes float32, bfloat16 and float16, got torch.float64"):

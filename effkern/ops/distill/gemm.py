@@ -4,7 +4,9 @@
 
 Logits are always accumulated and stored in float32 (float64 for float64 inputs). CUDA libraries write float32
 from half-precision inputs. CPU libraries do not: there bfloat16 has kernels of our own where the CPU multiplies it, and
-otherwise the operands are widened one vocabulary tile at a time.
+otherwise the operands are widened one vocabulary tile at a time. Where those kernels run, float32 logits come from one
+of them too: the library that is fast at a few hundred rows allocates what it returns, and a chunk of logits is then
+page after page of fresh memory, for up to a quarter of the time of the whole loss.
 """
 
 from functools import cache
@@ -52,6 +54,19 @@ def uses_bf16_kernel(out: Tensor, *operands: Tensor) -> bool:
     )
 
 
+def uses_f32_kernel(x: Tensor) -> bool:
+    """Whether float32 logits come from effkern._C: into a given buffer, and with all of float32's digits.
+
+    At 256 rows it takes 1.08 times oneDNN's time and 0.87 of torch.mm's (python -m benchmarks.ops.distill --tiles).
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and torch.get_float32_matmul_precision() == "highest"
+        and gemm_schema.bf16_gemm()
+    )
+
+
 def must_widen(x: Tensor) -> bool:
     """Whether torch.mm has no fast kernel for this type here: in float16 it then takes 100 times as long."""
     if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
@@ -61,7 +76,7 @@ def must_widen(x: Tensor) -> bool:
 
 def writes_into_buffer(x: Tensor) -> bool:
     """Whether `logits` of `x` can use a former result's memory."""
-    return not uses_onednn(x)
+    return uses_f32_kernel(x) or not uses_onednn(x)
 
 
 @cache
@@ -82,7 +97,7 @@ def _onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def logits(hidden_CD: Tensor, weight_VD: Tensor, buffer_CV: Tensor | None) -> Tensor:
     """hidden weight^T, rounded to no less than float32; in the first rows of `buffer_CV` if that is given."""
-    if uses_onednn(hidden_CD):
+    if not writes_into_buffer(hidden_CD):
         return _onednn_linear(hidden_CD, weight_VD)
     acc = accumulator_dtype(hidden_CD.dtype)
     if buffer_CV is None:
@@ -94,8 +109,10 @@ def logits(hidden_CD: Tensor, weight_VD: Tensor, buffer_CV: Tensor | None) -> Te
         else:
             torch.mm(hidden_CD, weight_VD.t(), out_dtype=acc, out=out_CV)
         return out_CV
-    if hidden_CD.dtype != acc:
-        hidden_CD = hidden_CD.contiguous()
+    hidden_CD = hidden_CD.contiguous()
+    if uses_f32_kernel(hidden_CD) and all(x.stride(1) == 1 or x.shape[1] <= 1 for x in (out_CV, weight_VD)):
+        torch.ops.effkern.f32_mm_nt_(out_CV, hidden_CD, weight_VD)
+        return out_CV
     if uses_bf16_kernel(out_CV, hidden_CD, weight_VD):
         torch.ops.effkern.bf16_mm_nt_(out_CV, hidden_CD, weight_VD)
         return out_CV

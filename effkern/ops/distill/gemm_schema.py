@@ -18,11 +18,14 @@ _library.define("bf16_gemm_kernel() -> int")
 _library.define("bf16_gemm_choose(int kernel) -> ()")
 # out = a b^T, [C, V] = [C, D] [V, D]^T
 _library.define("bf16_mm_nt_(Tensor(a!) out, Tensor a, Tensor b) -> ()")
+# The same from float32.
+_library.define("f32_mm_nt_(Tensor(a!) out, Tensor a, Tensor b) -> ()")
 # total = g^T h if `first`, else total += g^T h; [V, D] = [C, V]^T [C, D]
 _library.define("bf16_add_tn_(Tensor(a!) total, Tensor g, Tensor h, bool first) -> ()")
 
 
 @torch.library.register_fake("effkern::bf16_mm_nt_", lib=_library)
+@torch.library.register_fake("effkern::f32_mm_nt_", lib=_library)
 def _fake_mm_nt(out: Tensor, a: Tensor, b: Tensor) -> None:
     return None
 

@@ -43,7 +43,7 @@ def loop_step(
 
     s~ = alpha f + beta h + (h A) B
     s = s~ (mean(s~^2) + eps)^-1/2 norm_weight  with `norm` or `norm_weight`, else s~
-    x = state_scale s + input_scale e + embedding
+    x = state_scale s + input_scale e + embedding     s is f itself, and x is s itself, where no term changes them
     change = ||s - h|| / ||s|| per token, and 0 where s = h
 
     The damped (Euler) form h + (F(h) - h) / K is alpha = 1/K, beta = 1 - 1/K. An injection W [h; e] is W1 h + W2 e:
@@ -93,25 +93,28 @@ def loop_step(
     down, up = (None, None) if low_rank is None else low_rank
     norm = norm or norm_weight is not None
     name = choose(impl, h)
+    terms = Terms(
+        alpha, beta, state_scale, input_scale, down, up, norm_weight, embedding, norm, eps, e is not None, return_change
+    )  # fmt: skip
     if name == "reference":
-        terms = Terms(
-            alpha, beta, state_scale, input_scale, down, up, norm_weight, embedding, norm, eps, e is not None,
-            return_change,
-        )  # fmt: skip
         return LoopStepOutput(*reference.loop_step(f.to(h.dtype), h, None if e is None else e.to(h.dtype), terms))
     factors = (alpha, beta, state_scale, input_scale)
     numbers = tuple(1.0 if isinstance(x, Tensor) else float(x) for x in factors)
     assert len(numbers) == 4
+    branch = checks.keeps_branch(save_branch, norm, norm_weight, h)
     options = Options(
-        name, numbers, norm, float(eps), return_change, checks.keeps_branch(save_branch, norm, norm_weight, h)
-    )
+        name, numbers, norm, float(eps), return_change, branch, terms.keeps_f, terms.has_core_input
+    )  # fmt: skip
+    f = fitted(f, h.dtype)
+    if terms.keeps_f and not terms.has_core_input and not return_change:
+        return LoopStepOutput(f, f, None)
     state, core_input, moved = apply(
-        options, fitted(f, h.dtype), fitted(h, h.dtype), None if e is None else fitted(e, h.dtype),
+        options, f, fitted(h, h.dtype), None if e is None else fitted(e, h.dtype),
         *(x if isinstance(x, Tensor) else None for x in factors), down, up, norm_weight, embedding,
     )  # fmt: skip
-    has_core_input = e is not None or embedding is not None or isinstance(state_scale, Tensor) or state_scale != 1.0
+    state = f if terms.keeps_f else state
     return LoopStepOutput(
-        state, core_input if has_core_input else state, moved.view(h.shape[:-1]) if return_change else None
+        state, core_input if terms.has_core_input else state, moved.view(h.shape[:-1]) if return_change else None
     )
 
 

@@ -19,6 +19,9 @@ class Options(NamedTuple):
     return_change: bool
     save_branch: bool
     """Backward makes the norm's y hat of f and h again."""
+    keeps_f: bool
+    """s is f itself, and the operator's state empty."""
+    has_core_input: bool
 
 
 # The tensors of apply, in its order; those of the operators' results too.
@@ -68,12 +71,11 @@ class LoopStep(torch.autograd.Function):
         from_state = options.norm and not options.save_branch and not stays
         again = options.norm and not from_state
         ctx.options, ctx.from_state, ctx.has_beta = options, from_state, has_beta
-        ctx.has_core_input = any(t is not None for t in (e, rest[2], rest[7])) or options.numbers[2] != 1.0
         ctx.save_for_backward(
             f if needs["alpha"] or again else None,
             h if needs["beta"] or needs["down"] or (again and has_beta) else None,
             e if needs["input_scale"] else None,
-            state if from_state or needs["state_scale"] else None,
+            (f if options.keeps_f else state) if from_state or needs["state_scale"] else None,
             rstd if options.norm else None,
             own if needs["up"] or (again and rest[4] is not None) else None,
             *rest,
@@ -90,19 +92,23 @@ class LoopStep(torch.autograd.Function):
         f, h, e, state, rstd, own, *rest = ctx.saved_tensors
         alpha, beta, state_scale, input_scale, down, up, norm_weight, _ = rest
         grad_state, grad_core_input = (None if g is None else g.contiguous() for g in grad_outputs[:2])
+        options: Options = ctx.options
         # A traced call sends zeros where eager sends none.
-        grad_core_input = grad_core_input if ctx.has_core_input else None
+        grad_state = None if options.keeps_f else grad_state
+        grad_core_input = grad_core_input if options.has_core_input else None
         if grad_state is None and grad_core_input is None:
             return (None,) * (len(_NAMES) + 1)
-        options: Options = ctx.options
         wanted = {name for name, needed in zip(_NAMES, ctx.needs_input_grad[1:]) if needed}
         if not ctx.has_beta and down is None:
             wanted.discard("h")
         if grad_core_input is None:
             wanted -= {"e", "state_scale", "input_scale", "embedding"}
         # A factor of 1 passes the gradient on as it is.
-        passed = "e" in wanted and input_scale is None and options.numbers[3] == 1.0
-        asked = wanted - {"e"} if passed else wanted
+        passed = {"e"} if input_scale is None and options.numbers[3] == 1.0 else set()
+        if options.keeps_f and state_scale is None and options.numbers[2] == 1.0:
+            passed.add("f")
+        passed &= wanted
+        asked = wanted - passed
         like = grad_core_input if grad_state is None else grad_state
         assert like is not None
         packed, matrices = _small(
@@ -118,6 +124,6 @@ class LoopStep(torch.autograd.Function):
             for i, (name, t) in enumerate(zip(_NAMES, (None, None, None, *rest))):
                 if name in asked:
                     grads[i] = found[i] if t is None else found[i].to(t.dtype).view(t.shape)
-        if passed:
-            grads[2] = grad_core_input
+        for name in passed:
+            grads[_NAMES.index(name)] = grad_core_input
         return None, *grads

@@ -25,7 +25,7 @@ def loop_step(f: Tensor, h: Tensor, e: Tensor | None, t: Terms) -> tuple[Tensor,
         if t.norm_weight is not None:
             s = s * t.norm_weight.to(wide)
     # What leaves is what x and the change are made of.
-    s = s.to(h.dtype)
+    s = f if t.keeps_f else s.to(h.dtype)
     x = s
     if t.has_core_input:
         total = scaled(t.state_scale, s)

@@ -24,6 +24,12 @@ class Terms(NamedTuple):
     return_change: bool
 
     @property
+    def keeps_f(self) -> bool:
+        """Whether s is f itself."""
+        return not (self.norm or self.has_beta or self.down is not None or isinstance(self.alpha, Tensor)
+                    or self.alpha != 1.0)  # fmt: skip
+
+    @property
     def has_beta(self) -> bool:
         return isinstance(self.beta, Tensor) or self.beta != 0.0
 

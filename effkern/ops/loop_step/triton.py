@@ -61,7 +61,8 @@ def forward(
     dim = h.shape[-1]
     num_rows = h.numel() // dim
     has_core_input = e is not None or embedding is not None or state_scale is not None or numbers[2] != 1.0
-    state = torch.empty_like(h)
+    is_f = alpha is beta is down is None and numbers[:2] == [1.0, 0.0] and not norm
+    state = h.new_empty(0) if is_f else torch.empty_like(h)
     core_input = torch.empty_like(h) if has_core_input else h.new_empty(0)
     change = h.new_empty(num_rows if return_change else 0, dtype=torch.float32)
     rstd = h.new_empty(num_rows if norm else 0, dtype=torch.float32)
@@ -79,7 +80,8 @@ def forward(
             change, rstd, num_rows, dim, *numbers, eps,
             **_factor_kinds(alpha, beta, state_scale, input_scale, numbers, dim),
             INPUT=e is not None, LOW=low is not None, NORM=norm, WEIGHT=norm_weight is not None,
-            EMBEDDING=embedding is not None, CORE_INPUT=has_core_input, CHANGE=return_change, ROWS=launch.rows,
+            EMBEDDING=embedding is not None, CORE_INPUT=has_core_input, CHANGE=return_change,
+            STATE=not is_f, ROWS=launch.rows,
             BLOCK=launch.block, num_warps=launch.warps, enable_fp_fusion=True,
         )  # fmt: skip
     return state, core_input, change, rstd, own
@@ -131,12 +133,12 @@ def backward(
         of_down = of_up = None
         if products:
             of_down, of_up = _products(_rows(g, dim), h, own, down, up, grads[_H], by_beta, asked)
-    total = sums.sum(0, dtype=torch.float64).float().split(widths)
+    # Results of an operator share no memory.
+    total = torch.ops.aten.split_with_sizes_copy(sums.sum(0, dtype=torch.float64).float(), widths)
     small = dict(zip(sum_kinds, total))
-    empty = sums.new_empty(0)
+    of_down, of_up = (sums.new_empty(0) if t is None else t for t in (of_down, of_up))
     return (
-        *grads, *(small[i] for i in slots), empty if of_down is None else of_down, empty if of_up is None else of_up,
-        small[_WEIGHT], small[_EMBEDDING],
+        *grads, *(small[i] for i in slots), of_down, of_up, small[_WEIGHT], small[_EMBEDDING],
     )  # fmt: skip
 
 
@@ -189,7 +191,7 @@ def _case(kernel: Any, launch: Launch, dtype: str, **flags: Any) -> tuple:
 
 def _both(name: str, dtype: str = "bf16", sums: int = 1, **flags: Any) -> dict[str, tuple]:
     """`sums`: kind of the sums for the factors that are tensors."""
-    forward_flags = {"CORE_INPUT": True, **flags}
+    forward_flags = {"CORE_INPUT": True, "STATE": True, **flags}
     backward_flags = {"HAS_STATE": True, "HAS_CORE_INPUT": True, "OF_F": True, "OF_H": flags.get("BETA", 0) >= 0}
     backward_flags |= {f"OF_{k}": sums for k in ("ALPHA", "BETA", "STATE_SCALE", "INPUT_SCALE") if flags.get(k, 0) > 0}
     backward_flags |= {"OF_WEIGHT": 2 * flags.get("WEIGHT", 0), "OF_EMBEDDING": 2 * flags.get("EMBEDDING", 0)}

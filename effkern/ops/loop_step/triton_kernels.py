@@ -61,8 +61,9 @@ def loop_step_fwd_kernel(
     num_rows, dim, alpha, beta, state_scale, input_scale, eps,
     ALPHA: tl.constexpr, BETA: tl.constexpr, STATE_SCALE: tl.constexpr, INPUT_SCALE: tl.constexpr,
     INPUT: tl.constexpr, LOW: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, EMBEDDING: tl.constexpr,
-    CORE_INPUT: tl.constexpr, CHANGE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    CORE_INPUT: tl.constexpr, CHANGE: tl.constexpr, STATE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Without STATE s is f itself and not written."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < num_rows
     lanes = tl.arange(0, BLOCK)
@@ -92,9 +93,10 @@ def loop_step_fwd_kernel(
             s *= rstd[:, None]
             if WEIGHT:
                 s *= _row_of(weight_ptr, cols, dim)
-        rounded = _narrow(s, state_ptr)
-        tl.store(state_ptr + at, rounded, mask=mask)
-        s = rounded.to(tl.float32)
+        if STATE:
+            rounded = _narrow(s, state_ptr)
+            tl.store(state_ptr + at, rounded, mask=mask)
+            s = rounded.to(tl.float32)
         if CHANGE:
             step = s - _wide(h_ptr + at, mask)
             # Beyond the row's end s is 0 by its operands, unless they are numbers that 0 does not stop.
