@@ -336,6 +336,20 @@ def test_autocast_leaves_nothing_behind(mode):
         assert rel_err(grad, want.double()) < 0.02
 
 
+class FullPrecisionInside(Layer):
+    def forward(self, z):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(z.float())
+
+
+@pytest.mark.parametrize("mode", OURS, ids=str)
+def test_products_in_float32_under_autocast_have_a_backward_in_float32(mode):
+    """What runs again runs under autocast, its backward does not."""
+    block, x = LoopedBlock([FullPrecisionInside(dtype=torch.float32)], LOOPS), torch.randn(7, DIM)
+    got, want = (results(block, x, m, dtype=torch.bfloat16) for m in (mode, "autograd"))
+    assert all(rel_err(a, b.double()) < 1e-5 for a, b in zip(got, want))
+
+
 @pytest.mark.parametrize("mode", OURS, ids=str)
 def test_backward_under_another_autocast_than_forward(mode):
     block, x = stack(), torch.randn(7, DIM)

@@ -157,7 +157,7 @@ class _Loops(torch.autograd.Function):
         if random and random[0].equals(RandomStates(devices)):
             random = []
         if ctx.autocast.enabled and not job.keep:
-            # Casts of weights made here have no graph, and must not be found by whoever reads those weights next.
+            # Casts made here have no graph; some releases of torch hand them to whoever reads those weights next.
             torch.clear_autocast_cache()
         ctx.random, ctx.devices = random, devices
         # Parameters by reference: a hook of saved tensors that hands out a copy would cut them off.
