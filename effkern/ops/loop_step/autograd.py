@@ -57,6 +57,10 @@ def _forward(options: Options, f, h, e, alpha, beta, state_scale, input_scale, d
     )  # fmt: skip
 
 
+def _like(grad: Tensor, t: Tensor) -> Tensor:
+    return grad if grad.dtype == t.dtype and grad.shape == t.shape else grad.to(t.dtype).view(t.shape)
+
+
 class LoopStep(torch.autograd.Function):
     """Returns state, core_input and change; the latter two empty where there is none."""
 
@@ -123,7 +127,7 @@ class LoopStep(torch.autograd.Function):
             )  # fmt: skip
             for i, (name, t) in enumerate(zip(_NAMES, (None, None, None, *rest))):
                 if name in asked:
-                    grads[i] = found[i] if t is None else found[i].to(t.dtype).view(t.shape)
+                    grads[i] = found[i] if t is None else _like(found[i], t)
         for name in passed:
             grads[_NAMES.index(name)] = grad_core_input
         return None, *grads
