@@ -94,7 +94,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    training.common_options(parser, "", steps=500, seeds=2, lr=2e-3)
+    training.common_options(parser, "", steps=300, seeds=2, lr=2e-3)
     parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 1.0, 10.0])
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--block", type=int, default=2, help="k, layers of a block")
