@@ -8,6 +8,7 @@ from torch import Tensor
 
 from effkern import loop_step
 from effkern.ops import registry
+from tests.numerics import assert_as_good_as_eager
 
 Keywords = dict[str, Any]
 
@@ -50,6 +51,7 @@ CASES: dict[str, Keywords] = {
     },
 }  # fmt: skip
 FACTORS = ("alpha", "beta", "state_scale", "input_scale")
+SUMS = tuple(f"grad of {name}" for name in FACTORS)
 
 
 def make(name: str, rows: tuple[int, ...] = (11,), dim: int = 13, dtype: torch.dtype = torch.float32) -> Keywords:
@@ -137,3 +139,54 @@ def implementations() -> list[str]:
     cpu = torch.device("cpu")
     known = registry.registered()["loop_step"]
     return [i.name for i in known if i.name != "triton" and i.unavailable(cpu) is None]
+
+
+def random_like(outputs: list[Tensor]) -> list[Tensor]:
+    return [torch.randn_like(o) for o in outputs if o.requires_grad]
+
+
+def check(kw: Keywords, impl: str, used: tuple[int, ...] = (0, 1)) -> None:
+    """Results, and all gradients from those of the `used` ones, against the reference in float64."""
+    wide, plain, dtype = to(kw, torch.float64), to(kw, None), kw["h"].dtype
+    found: list[dict[str, Tensor]] = []
+    grads: list[Tensor] = []
+    for given, name in ((wide, "reference"), (plain, "reference"), (kw, impl)):
+        outputs = ours(given, name)
+        kept = [o for i, o in enumerate(o for o in outputs if o.requires_grad) if i in used]
+        grads = grads or [torch.randn_like(o).to(dtype) for o in kept]
+        found.append(run(given, kept, grads) | {f"all {i}": o.detach() for i, o in enumerate(outputs)})
+    truth, eager, fast = found
+    assert fast.keys() == truth.keys()
+    unit, noise = torch.finfo(dtype).eps, noise_of_sums(wide, grads)
+    # Of few rows eager's own error is a draw of few numbers.
+    factor = 2.0 if kw["h"].numel() > 3 * kw["h"].shape[-1] else 4.0
+    for name, value in fast.items():
+        if value.numel() == 0:
+            continue
+        if name in SUMS and value.numel() == 1:
+            error, of_eager = (value - truth[name]).norm(), (eager[name] - truth[name]).norm()
+            assert error <= max(factor * of_eager, 8 * unit * noise[name], unit * truth[name].norm()), name
+            continue
+        # y hat is made of s, and products of g, both rounded to the streams' precision: half a unit in each term.
+        ulps = max(8.0, unit / torch.finfo(value.dtype).eps)
+        try:
+            assert_as_good_as_eager(value, eager[name], truth[name], factor, ulps)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+def noise_of_sums(kw: Keywords, grads: list[Tensor]) -> dict[str, float]:
+    """For the gradients of single numbers: the root of the squares of all terms of the sum, which cancel.
+
+    Roundings of the terms are independent, so that their sum's is this, times some units; that of a norm's mean, common
+    to a row, is as large. A term's size is that before a norm takes its part off.
+    """
+    without = {"norm": False, "norm_weight": None, "save_branch": None}
+    before = ours(kw | without, "reference")[0].detach()
+    s = ours(kw, "reference")[0].detach()
+    g = sum(t.double().abs() for t in grads)
+    of_s = g * kw["state_scale"] if "state_scale" in kw else g
+    if kw.get("norm") or "norm_weight" in kw:
+        of_s = of_s * before.square().mean(-1, keepdim=True).add(1e-6).rsqrt() * kw.get("norm_weight", 1.0)
+    terms = {"alpha": of_s * kw["f"], "beta": of_s * kw["h"], "state_scale": g * s, "input_scale": g * kw.get("e", s)}
+    return {f"grad of {name}": product.norm().item() for name, product in terms.items()}

@@ -8,60 +8,18 @@ from torch.utils.checkpoint import checkpoint
 
 from effkern import loop_step, native
 from effkern.ops.loop_step import checks
-from tests.numerics import assert_as_good_as_eager, rel_err
+from tests.numerics import rel_err
 from tests.ops import loop_step_cases as cases
 
 IMPL = pytest.mark.parametrize("impl", cases.implementations())
 DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-COMPILED = pytest.mark.skipif(native.load("_C") is not None, reason=str(native.load("_C")))
-SUMS = tuple(f"grad of {name}" for name in cases.FACTORS)
-
-
-def random_like(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [torch.randn_like(o) for o in outputs if o.requires_grad]
-
-
-def check(kw: cases.Keywords, impl: str, factor: float = 2.0) -> None:
-    wide = cases.to(kw, torch.float64)
-    truth_outputs = cases.ours(wide, "reference")
-    grads = [g.to(kw["h"].dtype) for g in random_like(truth_outputs)]
-    truth = cases.run(wide, truth_outputs, grads)
-    plain = cases.to(kw, None)
-    eager = cases.run(plain, cases.ours(plain, "reference"), grads)
-    fast = cases.run(kw, cases.ours(kw, impl), grads)
-    assert fast.keys() == truth.keys()
-    unit, noise = torch.finfo(kw["h"].dtype).eps, noise_of_sums(wide, truth, grads)
-    for name, value in fast.items():
-        if value.numel() == 0:
-            continue
-        # With a norm y hat comes from s, which is rounded to the streams' precision: half a unit in each term.
-        ulps = max(4.0, 0.5 * unit / torch.finfo(value.dtype).eps)
-        if name in SUMS and value.numel() == 1:
-            bound = max(factor * (eager[name] - truth[name]).norm(), 4 * unit * noise[name], unit * truth[name].norm())
-            assert (value - truth[name]).norm() <= bound, name
-            continue
-        try:
-            assert_as_good_as_eager(value, eager[name], truth[name], factor, ulps)
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from error
-
-
-def noise_of_sums(kw: cases.Keywords, truth: dict[str, torch.Tensor], grads: list[torch.Tensor]) -> dict[str, float]:
-    """For the gradients of single numbers: the root of the squares of all terms of the sum, which cancel.
-
-    Roundings of the terms are independent, so that their sum's is this, times some units.
-    """
-    gx, s = grads[-1].double(), truth["output 0"]
-    terms = {"alpha": truth["grad of f"] * kw["f"], "beta": truth["grad of h"] * kw["h"], "state_scale": gx * s}
-    terms["input_scale"] = gx * kw.get("e", s)
-    return {f"grad of {name}": product.norm().item() for name, product in terms.items()}
 
 
 @pytest.mark.parametrize("name", cases.CASES)
 def test_the_reference_is_the_formula(name):
     kw = cases.to(cases.make(name, rows=(2, 3)), torch.float64)
     outputs = cases.formula(**kw)
-    grads = random_like(outputs)
+    grads = cases.random_like(outputs)
     truth = cases.run(kw, outputs, grads)
     found = cases.run(kw, cases.ours(kw, "reference"), grads)
     assert found.keys() == truth.keys()
@@ -86,26 +44,17 @@ def test_gradcheck():
 @DTYPE
 @IMPL
 def test_every_case(impl, dtype, name):
-    check(cases.make(name, rows=(37,), dim=24, dtype=dtype), impl)
-
-
-# One row; below, at and over a group of lanes, over a block of 512; several chunks and groups of rows.
-@pytest.mark.parametrize(("rows", "dim"), [(1, 7), (1, 768), (3, 31), (3, 32), (17, 33), (16, 513), (700, 515)])
-@pytest.mark.parametrize("name", ["everything", "everything, branch kept", "learned numbers, norm", "low rank"])
-@DTYPE
-@COMPILED
-def test_cpp_sizes(dtype, name, rows, dim):
-    check(cases.make(name, rows=(rows,), dim=dim, dtype=dtype), "cpp")
+    cases.check(cases.make(name, rows=(37,), dim=24, dtype=dtype), impl)
 
 
 @IMPL
 def test_one_channel(impl):
     for name in ("per channel", "norm weight", "learned numbers"):
-        check(cases.make(name, dim=1), impl)
+        cases.check(cases.make(name, dim=1), impl)
 
 
 def test_float16():
-    check(cases.make("everything", dtype=torch.float16), "auto")
+    cases.check(cases.make("everything", dtype=torch.float16), "auto")
 
 
 @IMPL
@@ -116,7 +65,7 @@ def test_shapes(impl):
         out = loop_step(**kw, impl=impl)
         assert out.state.shape == out.core_input.shape == (*rows, 13)
         assert out.change.shape == rows
-        check(kw, impl)
+        cases.check(kw, impl)
 
 
 @IMPL
@@ -124,7 +73,7 @@ def test_no_rows(impl):
     for name in ("everything", "learned numbers, norm", "low rank", "per channel"):
         kw = cases.make(name, rows=(2, 0))
         outputs = cases.ours(kw, impl)
-        found = cases.run(kw, outputs, random_like(outputs))
+        found = cases.run(kw, outputs, cases.random_like(outputs))
         for key, value in cases.leaves(kw).items():
             assert torch.equal(found[f"grad of {key}"], torch.zeros_like(value)), key
 
@@ -147,7 +96,7 @@ def test_layouts(impl):
     """Strided inputs and gradients give what their copies give; matrices may be transposes."""
     kw = cases.make("everything", rows=(3, 5))
     outputs = cases.ours(kw, impl)
-    grads = random_like(outputs)
+    grads = cases.random_like(outputs)
     truth = cases.run(kw, outputs, grads)
 
     def strided(t):
@@ -189,7 +138,7 @@ def test_large_values_and_rows_of_zeros(impl):
         for name in ("f", "h", "e"):
             kw[name].mul_(1e4)
             kw[name][2] = 0.0
-    check(cases.to(kw, None) | {"return_change": False}, impl)
+    cases.check(cases.to(kw, None) | {"return_change": False}, impl)
 
 
 @IMPL
@@ -237,72 +186,6 @@ def test_beta_of_0_does_not_read_h(impl):
     assert loop_step(f, h, beta=torch.zeros(()), impl=impl).state.isnan().all()
 
 
-@COMPILED
-@DTYPE
-def test_cpp_bits_do_not_depend_on_threads(dtype):
-    threads = torch.get_num_threads()
-    # The products of a low-rank map are the library's, whose bits may depend on its threads.
-    for name in ("learned numbers, norm", "per channel", "norm weight"):
-        kw = cases.make(name, rows=(900,), dim=530, dtype=dtype)
-        grads = random_like(cases.ours(kw, "cpp"))
-        try:
-            torch.set_num_threads(1)
-            truth = cases.run(kw, cases.ours(kw, "cpp"), grads)
-            for count in (2, 3, 5):
-                torch.set_num_threads(count)
-                for key, value in cases.run(kw, cases.ours(kw, "cpp"), grads).items():
-                    assert torch.equal(value, truth[key]), (key, count)
-        finally:
-            torch.set_num_threads(threads)
-
-
-@COMPILED
-def test_cpp_sums_keep_their_digits():
-    """Sums over 20000 tokens, one number and per channel, against float64: no worse than a few roundings of a term."""
-    g = torch.rand(20000, 8) + 0.5
-    f = torch.rand(20000, 8) + 0.5
-    for shape in ((), (8,)):
-        alpha = torch.ones(shape, requires_grad=True)
-        loop_step(f, f, alpha=alpha, impl="cpp").state.backward(g)
-        truth = (g.double() * f.double()).sum(0) if shape else (g.double() * f.double()).sum()
-        assert rel_err(alpha.grad, truth) < 2e-7
-
-
-@COMPILED
-def test_cpp_keeps_little():
-    """What backward holds that is as wide as a stream."""
-    expected = {
-        "damped": set(), "injection": set(), "embedding": set(), "learned entrance": {"f", "e"},
-        "norm weight": {"s"}, "norm": {"s"},
-        "learned beta, norm": {"s", "h"}, "learned alpha, norm": {"s", "f"}, "learned alpha alone, norm": {"f"},
-        "per channel": {"f", "h", "e", "s"}, "low rank": {"h"}, "branch kept": {"f", "h"},
-        "branch kept, no beta": {"f"},
-    }  # fmt: skip
-    for name, want in expected.items():
-        kw = cases.make(name)
-        kept: list[torch.Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
-            out = loop_step(**kw, impl="cpp")
-        names = {out.state.data_ptr(): "s"} | {kw[n].data_ptr(): n for n in ("f", "h", "e") if n in kw}
-        assert {names[t.data_ptr()] for t in kept if t.shape == (11, 13)} == want, name
-        rest = sum(t.numel() for t in kept if t.shape[:1] == (11,) and t.shape != (11, 13))
-        assert rest <= 11 * (kw["low_rank"][0].shape[1] + 1 if "low_rank" in kw else 1), name
-
-
-@COMPILED
-def test_cpp_norm_weight_of_0_still_learns():
-    """s says nothing about a channel of weight 0: f and h are kept then, and the weight gets its gradient."""
-    for weight in (torch.zeros(13), torch.cat([torch.zeros(5), torch.ones(8)])):
-        kw = cases.make("norm weight") | {"return_change": False}
-        kw["norm_weight"] = weight.requires_grad_()
-        check(kw, "cpp")
-        found = cases.run(kw, cases.ours(kw, "cpp"), [torch.randn(11, 13)] * 2)
-        assert found["grad of norm_weight"].abs().min() > 0
-        message = r"norm_weight must be at least 8.7e-19 in size with save_branch=False, got 0"
-        with pytest.raises(ValueError, match=message):
-            loop_step(**(kw | {"save_branch": False}), impl="cpp")
-
-
 def test_whether_the_branch_is_kept():
     ones = torch.ones(4)
     h = torch.zeros(1, 4)
@@ -325,11 +208,11 @@ def test_parameters_in_half_precision(impl):
     kw["low_rank"] = tuple(m.detach().bfloat16().requires_grad_() for m in kw["low_rank"])
     kw["beta"] = torch.tensor(0.5, dtype=torch.bfloat16, requires_grad=True)
     outputs = cases.ours(kw, impl)
-    for key, value in cases.run(kw, outputs, random_like(outputs)).items():
+    for key, value in cases.run(kw, outputs, cases.random_like(outputs)).items():
         if key.startswith("grad of "):
             given = cases.leaves(kw)[key.removeprefix("grad of ")]
             assert (value.dtype, value.shape) == (given.dtype, given.shape), key
-    check(kw, impl)
+    cases.check(kw, impl)
 
 
 @IMPL
@@ -344,87 +227,10 @@ def test_compile(impl):
     for name in ("everything", "damped", "norm weight", "learned numbers", "injection", "learned entrance"):
         kw = cases.make(name, rows=(2, 5))
         outputs = cases.ours(kw, impl)
-        grads = random_like(outputs)
+        grads = cases.random_like(outputs)
         truth = cases.run(kw, outputs, grads)
         for key, value in cases.run(kw, step(kw), grads).items():
             torch.testing.assert_close(value, truth[key], rtol=1e-5, atol=1e-5, msg=f"{name}: {key}")
-
-
-@COMPILED
-def test_cpp_operators():
-    """Schemas, shape functions and aliasing rules of the two operators, by torch's own checker."""
-    f, h, e, g = torch.randn(4, 2, 3, 8)
-    one, vector, down, up = torch.ones(1), torch.randn(8), torch.randn(8, 2), torch.randn(2, 8)
-    full = (f, h, e, one, vector, one, vector, [1.0, 1.0, 1.0, 1.0], down, up, vector, vector, True, 1e-6, True)
-    few = (f, h, None, None, None, None, None, [0.5, 0.5, 1.0, 1.0], None, None, None, None, False, 1e-6, False)
-    # Its state is f.
-    f_itself = (f, h, e, None, None, None, None, [1.0, 0.0, 1.0, 1.0], None, None, None, vector, False, 1e-6, True)
-    torch.library.opcheck(torch.ops.effkern.loop_step_fwd, f_itself)
-    assert torch.ops.effkern.loop_step_fwd(*f_itself)[0].numel() == 0
-    for arguments in (full, few):
-        torch.library.opcheck(torch.ops.effkern.loop_step_fwd, arguments)
-        state, core_input, _, rstd, own = torch.ops.effkern.loop_step_fwd(*arguments)
-        shared = arguments is few
-        kept = (None,) * 6 if shared else (f, h, e, state, rstd, own)
-        wanted = 0b11 if shared else (1 << 11) - 1
-        torch.library.opcheck(
-            torch.ops.effkern.loop_step_bwd,
-            (g, None if shared else g, *kept, *arguments[3:11], arguments[12], False, wanted),
-        )
-        assert core_input.numel() == (0 if shared else h.numel())
-
-
-@COMPILED
-def test_cpp_errors_of_the_operators():
-    f, h = torch.zeros(2, 3, 8)
-
-    def forward(**change):
-        given = dict.fromkeys(("e", "alpha", "beta", "state_scale", "input_scale", "down", "up", "w", "m"))
-        given |= {"f": f, "h": h, "numbers": [1.0] * 4, **change}
-        g = given
-        return torch.ops.effkern.loop_step_fwd(
-            g["f"], g["h"], g["e"], g["alpha"], g["beta"], g["state_scale"], g["input_scale"], g["numbers"], g["down"],
-            g["up"], g["w"], g["m"], True, 1e-6, False,
-        )  # fmt: skip
-
-    down = torch.zeros(8, 2)
-    for change, message in (
-        ({"f": torch.zeros(3, 7)}, "streams must be contiguous, of one shape"),
-        ({"f": f.bfloat16()}, "streams must be contiguous, of one shape"),
-        ({"f": torch.zeros(8, 3).t()}, "streams must be contiguous, of one shape"),
-        ({"h": h.double()}, "float32 or bfloat16"),
-        ({"alpha": torch.zeros(3)}, "factors must be packed float32 of 1 or D numbers"),
-        ({"numbers": [1.0]}, "numbers must be the four factors"),
-        ({"down": down}, "down and up come together"),
-        ({"down": down, "up": torch.zeros(3, 8)}, r"down must be \[D, R\] and up \[R, D\]"),
-        ({"w": torch.zeros(7)}, r"must be packed float32 \[N\] and \[D\]"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            forward(**change)
-
-    def backward(wanted, **change):
-        given = dict.fromkeys(("g", "gx", "f", "h", "e", "state", "rstd", "down"))
-        given |= change
-        g = given
-        up = None if g["down"] is None else torch.zeros(2, 8)
-        return torch.ops.effkern.loop_step_bwd(
-            g["g"], g["gx"], g["f"], g["h"], g["e"], g["state"], g["rstd"], None, None, None, None, None, [1.0] * 4,
-            g["down"], up, None, "rstd" in change, False, wanted,
-        )  # fmt: skip
-
-    for wanted, change, message in (
-        (1, {"f": f}, "grad_state or grad_core_input must be there"),
-        (1, {"g": f, "rstd": torch.zeros(3)}, "a norm needs state, or f and h"),
-        (1 << 3, {"g": f}, "alpha's gradient needs f"),
-        (1 << 4, {"g": f}, "beta's gradient needs h"),
-        (1 << 7, {"g": f, "down": down}, "down's gradient needs h"),
-        (1 << 8, {"g": f, "down": down}, "up's gradient and a norm need own"),
-        (1 << 2, {"g": f}, "gets its gradient from grad_core_input"),
-        (1 << 5, {"gx": f}, "state_scale's gradient needs state"),
-        (1 << 6, {"gx": f}, "input_scale's gradient needs e"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            backward(wanted, **change)
 
 
 @IMPL
@@ -465,24 +271,6 @@ def test_frozen_parts_get_no_gradient(impl):
                 torch.testing.assert_close(
                     value.grad.double(), cases.leaves(wide)[name].grad, rtol=1e-4, atol=1e-4, msg=name
                 )
-
-
-@COMPILED
-def test_cpp_gradients_of_the_matrices_alone():
-    """Each of what the products serve may be frozen: h, A or B."""
-    for frozen in (("h",), ("h", "A"), ("A", "B"), ("h", "B"), ("f", "h", "A")):
-        for beta in (0.0, 0.5):
-            kw = cases.make("low rank") | {"beta": beta}
-            wide = cases.to(kw, torch.float64)
-            for given in (kw, wide):
-                for name in frozen:
-                    cases.leaves(given)[name].requires_grad_(False)
-                cases.ours(given, "cpp" if given is kw else "reference")[0].square().sum().backward()
-            for name, value in cases.leaves(kw).items():
-                assert (value.grad is None) == (name in frozen), name
-                if value.grad is not None:
-                    truth = cases.leaves(wide)[name].grad
-                    torch.testing.assert_close(value.grad.double(), truth, rtol=1e-4, atol=1e-4, msg=name)
 
 
 @IMPL

@@ -8,7 +8,6 @@ import torch
 
 from effkern import loop_step
 from effkern.ops.loop_step.api import choose
-from tests.numerics import assert_as_good_as_eager
 from tests.ops import loop_step_cases as cases
 
 pytest.importorskip("triton")
@@ -41,58 +40,31 @@ def make(name: str, rows: tuple[int, ...] = (7,), dim: int = 37, dtype: torch.dt
     return {k: move(v) for k, v in cases.make(name, rows, dim, dtype).items()}
 
 
-def check(kw: cases.Keywords, used: tuple[int, ...] = (0, 1)) -> None:
-    wide, plain, dtype = cases.to(kw, torch.float64), cases.to(kw, None), kw["h"].dtype
-    found = []
-    for given, impl in ((wide, "reference"), (plain, "reference"), (kw, "triton")):
-        outputs = cases.ours(given, impl)
-        kept = [o for i, o in enumerate(o for o in outputs if o.requires_grad) if i in used]
-        if not found:
-            grads = [torch.randn_like(o).to(dtype) for o in kept]
-        results = cases.run(given, kept, grads)
-        found.append(results | {f"all {i}": o.detach() for i, o in enumerate(outputs)})
-    truth, eager, ours = found
-    assert ours.keys() == truth.keys()
-    unit = torch.finfo(dtype).eps
-    summed = sum(truth[f"grad of {t}"].norm() * kw[t].double().norm() for t in ("f", "h")).item()
-    summed += sum(g.double().norm().item() for g in grads) * truth["all 0"].norm().item()
-    for name, exact in truth.items():
-        # y hat comes from s as it was rounded; sums over tokens cancel and are held to a unit of what is summed.
-        ulps = max(4.0, 0.5 * unit / torch.finfo(ours[name].dtype).eps)
-        if exact.numel() == 1 and name.startswith("grad"):
-            eps = torch.finfo(ours[name].dtype).eps
-            ulps = max(ulps, unit * summed / max(exact.norm().item(), 1e-30) / eps)
-        try:
-            assert_as_good_as_eager(ours[name], eager[name], exact, ulps=ulps)
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from None
-
-
 @pytest.mark.parametrize("name", cases.CASES)
 def test_every_case(name):
-    check(make(name))
+    cases.check(make(name), "triton")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ROUNDED else BULK) for n in cases.CASES])
 def test_every_case_in_bfloat16(name):
-    check(make(name, dtype=torch.bfloat16))
+    cases.check(make(name, dtype=torch.bfloat16), "triton")
 
 
 # One row takes the table for decoding; few channels; one block, no mask; one channel.
 @pytest.mark.parametrize(("rows", "dim"), [((1,), 37), ((7,), 7), ((2, 4), 16), ((3,), 1)])
 @pytest.mark.parametrize("name", ["norm weight", "per channel", "learned numbers, norm"])
 def test_sizes(name, rows, dim):
-    check(make(name, rows, dim))
+    cases.check(make(name, rows, dim), "triton")
 
 
 @pytest.mark.parametrize("used", [0, 1])
 def test_one_output_used(used):
     for name in ("everything", "learned numbers"):
-        check(make(name), (used,))
+        cases.check(make(name), "triton", (used,))
 
 
 def test_half():
-    check(make("everything", dtype=torch.float16))
+    cases.check(make("everything", dtype=torch.float16), "triton")
 
 
 def test_no_rows():
@@ -111,7 +83,7 @@ def test_parameters_in_half_precision_and_layouts():
         kw[name] = kw[name].detach().bfloat16().requires_grad_()
     kw["low_rank"] = tuple(m.detach().t().contiguous().t().requires_grad_() for m in kw["low_rank"])
     kw["f"] = torch.stack([kw["f"].detach()] * 2, -1)[..., 0].requires_grad_()
-    check(kw)
+    cases.check(kw, "triton")
 
 
 def test_change_of_rows_that_stay():
@@ -141,7 +113,7 @@ def test_norm_weight_of_0_with_the_branch_kept():
     kw = make("branch kept")
     with torch.no_grad():
         kw["norm_weight"][::2] = 0.0
-    check(kw)
+    cases.check(kw, "triton")
 
 
 def test_compile():
