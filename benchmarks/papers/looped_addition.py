@@ -75,8 +75,8 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    training.common_options(parser, "6x1 1x6 1x1", steps=3000, seeds=2, lr=2e-3)
-    parser.add_argument("--operands", type=int, nargs="+", default=[2, 4, 8], help="values of n")
+    training.common_options(parser, "6x1 1x6 1x1", steps=1000, seeds=2, lr=2e-3)
+    parser.add_argument("--operands", type=int, nargs="+", default=[2, 4], help="values of n")
     parser.add_argument("--digits", type=int, default=1)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--heads", type=int, default=4)
