@@ -35,6 +35,9 @@ triton-sanitizer: install
 	TRITON_INTERPRET=0 $(BIN)/python -m ttsem.sanitize pytest -q tests/ops/test_distill.py tests/ops/test_distill_triton_rows.py \
 		tests/ops/test_laurel_triton.py \
 		-k "triton and not half and not bfloat16 and not interprets"
+	TRITON_INTERPRET=0 $(BIN)/python -m ttsem.sanitize pytest -q tests/ops/test_loop_step_triton.py \
+		tests/ops/test_looped_linear_attention_triton.py \
+		-k "not half and not bfloat16 and not interprets and not compile and not operators and not covered"
 
 lint: install
 	$(BIN)/ruff check .
