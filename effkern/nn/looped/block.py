@@ -164,7 +164,7 @@ class LoopedBlock(nn.Module):
             assert dim is not None
             self.norm = parts.LoopNorm(dim, device, dtype)
         self.last_solution: SolverReport | None = None
-        """Of the last call with Implicit: evaluations and residual."""
+        """Of the last call with Implicit: evaluations and residual, and those of its backward with "adjoint"."""
         self._verified: list[bool] = []
 
     def draw_loops(self, step: int) -> int:
@@ -261,7 +261,7 @@ class LoopedBlock(nn.Module):
         if mode == modes.RECOMPUTE_LAYER:
             require("mode", mode, self.layered, "come with a list of layers as core")
         if isinstance(mode, Implicit):
-            self._check_implicit(all_states, time_steps, per_layer)
+            self._check_implicit(all_states, loops, time_steps, per_layer)
             count = 1
         else:
             count = self._count(loops, step)
@@ -316,12 +316,13 @@ class LoopedBlock(nn.Module):
             return nn.ModuleList([self.core])
         return nn.ModuleList([self.core, self.norm])
 
-    def _check_implicit(self, all_states: bool, time_steps: Any, per_layer: Any) -> None:
+    def _check_implicit(self, all_states: bool, loops: Any, time_steps: Any, per_layer: Any) -> None:
         """A fixed point is that of one map."""
         for name, value, plain in (
             ("conditioning", self.conditioning.kind, "none"),
             ("layer_scalars", self.layer_scalars.kind, "none"),
             ("loop_argument", self.loop_argument, None),
+            ("loops", loops, None),
             ("time_steps", time_steps, None),
             ("per_layer", per_layer, None),
         ):
