@@ -260,8 +260,9 @@ def test_a_pickled_model_computes_the_same():
     assert rel_err(other(input_ids=ids).logits, model(input_ids=ids).logits) > 1e-3
 
 
-def test_compiles_without_a_break():
-    model, ids = loop_layers(model_of(num_hidden_layers=3), 1, 2, 2, damping=2, mode="autograd"), tokens()
+@pytest.mark.parametrize("mode", MODES)
+def test_compiles_without_a_break(mode):
+    model, ids = loop_layers(model_of(num_hidden_layers=3), 1, 2, 2, damping=2, mode=mode), tokens()
     want, want_grads = step(model, ids)
     got, grads = step(torch.compile(model, backend="aot_eager", fullgraph=True), ids)
     assert rel_err(got, want) < 1e-12

@@ -152,7 +152,7 @@ def test_no_prompts(options):
     assert found.loops.shape == (0, 4, 2)
 
 
-@pytest.mark.parametrize("options", [{}, {"exit": "relative-change=0.3"}, {"temperature": 1.0}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"exit": "cosine=0.1", "temperature": 1.0}, {"temperature": 1.0}], ids=str)
 def test_a_model_in_training_generates_what_it_generates_in_evaluation(options):
     """Its first states are noise and its numbers of loops are drawn, in training; and its mode is as it was."""
     model = noisy(looped(init="noise", sample="uniform", injection="add")).train()

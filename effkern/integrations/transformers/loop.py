@@ -55,7 +55,8 @@ def loop_layers(
         loops: L >= 1.
         damping: K, a whole number of at least 1. None: plain repetition.
         mode: what is kept for backward: "recompute" the input of each loop, "full" everything, "recompute_layer" the
-            input of each loop, and of each layer of one loop; "autograd" leaves it to torch (torch.compile needs it).
+            input of each loop, and of each layer of one loop; "autograd" leaves it to torch. torch.compile takes
+            all, but with gradients and use_cache=True fullgraph needs "full" or "autograd" (others break the graph).
             With a filled or a static cache in a pass with gradients everything is kept.
 
     Gradient checkpointing of transformers takes the span as one layer: it keeps the span's input alone, and backward
