@@ -109,12 +109,12 @@ class Captures(nn.Module):
         return x * self.outside[0] + self.bias if depth in self.when else x + self.bias
 
 
-@pytest.mark.parametrize("mode", ["full", "recompute", Truncated(LOOPS)], ids=str)
+@pytest.mark.parametrize("mode", ["full", "recompute", "recompute_layer", Truncated(LOOPS)], ids=str)
 @pytest.mark.parametrize("loop", range(LOOPS))
 def test_a_tensor_captured_in_any_loop_is_refused(loop, mode):
     core = Captures(torch.ones(DIM, requires_grad=True), {loop})
     with pytest.raises(ValueError, match=r"core must get every tensor .* got one of shape \(6,\) from around it"):
-        LoopedBlock(core, LOOPS, loop_argument="depth")(torch.randn(3, DIM), mode=mode).sum().backward()
+        LoopedBlock([core], LOOPS, loop_argument="depth")(torch.randn(3, DIM), mode=mode).sum().backward()
 
 
 @pytest.mark.parametrize("mode", ["full", "recompute", Truncated(LOOPS)], ids=str)

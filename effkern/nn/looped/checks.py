@@ -20,8 +20,9 @@ def check_loops(loops: object) -> None:
 def check_limits(loops: int | Sampler, max_loops: int | None, mode: Any) -> None:
     """What can be known before any call."""
     if isinstance(loops, Sampler):
+        # Without a limit a draw goes beyond any table some day.
         limit = loops.high if isinstance(loops, UniformLoops) else loops.limit
-        name, most = "loops of the sampler", loops.in_evaluation if limit is None else limit
+        name, most = "loops of the sampler", float("inf") if limit is None else limit
     else:
         name, most = "loops", loops
         if isinstance(mode, Truncated):
