@@ -142,6 +142,21 @@ def test_graphs_refuse_a_captured_tensor():
         graphed(torch.randn(3, DIM, requires_grad=True)).sum().backward()
 
 
+@pytest.mark.parametrize("name", ["core.0.weight", "core.0.slope"])
+def test_graphs_refuse_a_functional_call(name):
+    """They read memory, and what the call puts in has another."""
+    block = LoopedBlock([Shifted()], LOOPS)
+    graphed, x = GraphedLoops(block, RecordingRecorder()), rand(3, DIM)
+    graphed(x)
+    given = {"block." + name: rand(DIM, DIM).requires_grad_() if "weight" in name else rand(DIM)}
+    with pytest.raises(RuntimeError, match="parameters must stay where they were recorded"):
+        torch.func.functional_call(graphed, given, (x,))
+    fresh = GraphedLoops(block, RecordingRecorder())
+    y = torch.func.functional_call(fresh, given, (x,))
+    with pytest.raises(RuntimeError, match="parameters must stay where they were recorded"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("kind", [*OURS, "autograd", "graphed"], ids=str)
 def test_hooks_that_change_a_gradient_change_the_sum_once(kind):
     block, x, fired = stack(), rand(7, DIM), []

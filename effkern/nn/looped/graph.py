@@ -69,7 +69,7 @@ class GraphedLoops(nn.Module):
         NotImplementedError: the core draws random numbers, the block has another mode, loop_argument or with_gradient,
             or per_layer holds no tensors.
         ValueError: the core reads a tensor with a gradient from around it.
-        RuntimeError: a parameter has moved since the recording.
+        RuntimeError: a parameter or buffer has moved, or is another one (a functional call), since the recording.
     """
 
     def __init__(self, block: LoopedBlock, recorder: Recorder | None = None) -> None:
@@ -164,7 +164,7 @@ class _Recorded:
         autocast.cache = False
         owner = block._owner()
         self.params = [p for p in owner.parameters() if p.requires_grad]
-        self.every = list(owner.parameters())
+        self.owner, self.every = owner, _tensors_of(owner)
         self.addresses = [p.data_ptr() for p in self.every]
         shared, rows = layout.tensors(plan)
         self.shared, self.row = _static(shared), _static(rows[0])
@@ -214,9 +214,10 @@ class _Recorded:
             raise NotImplementedError(f"{OP}: core must draw no random numbers, got a state of them changed")
 
     def check_in_place(self) -> None:
-        for p, address in zip(self.every, self.addresses):
-            if p.data_ptr() != address:
-                raise RuntimeError(f"{OP}: parameters must stay where they were recorded, got one moved")
+        now = _tensors_of(self.owner)
+        same = len(now) == len(self.every) and all(x is y for x, y in zip(now, self.every))
+        if not same or any(x.data_ptr() != address for x, address in zip(now, self.addresses)):
+            raise RuntimeError(f"{OP}: parameters must stay where they were recorded, got one moved")
 
 
 class _Replays(torch.autograd.Function):
@@ -289,6 +290,11 @@ def _static(tensors: list[Tensor]) -> list[Tensor]:
 def _copy(targets: list[Tensor], sources: Any) -> None:
     for target, source in zip(targets, sources):
         target.detach().copy_(source)
+
+
+def _tensors_of(owner: nn.Module) -> list[Tensor]:
+    """What a recording reads at its address."""
+    return [*owner.parameters(), *owner.buffers()]
 
 
 def _tensor_places(tree: Any) -> list[int]:
