@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from effkern.nn.looped.body import OP, Body, Plan
-from effkern.nn.looped.engine import Job, run, wide
+from effkern.nn.looped.engine import Job, run
 from effkern.nn.looped.finite import FiniteFlags
+from effkern.nn.looped.held import Held
+from effkern.nn.looped.main_grad import wide
 from effkern.nn.looped.modes import Implicit
 from effkern.nn.looped.replay import AutocastState, RandomStates, devices_of
 
@@ -60,7 +62,9 @@ def fixed_point(job: Job, start: Tensor, how: Implicit) -> tuple[Tensor, SolverR
     autocast = AutocastState(start.device)
     (state,) = run(job, solution.state)
     if how.backward == "adjoint" and state.requires_grad:
-        state = _Adjoint.apply(state, solution, body, plan, how, autocast)
+        held = Held(job.owner)
+        held.hold_buffers()
+        state = _Adjoint.apply(state, solution, body, plan, how, autocast, held)
     return state, solution.report
 
 
@@ -69,9 +73,11 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, state: Tensor, solved: Solution, body: Body, plan: Plan, how: Implicit, autocast: AutocastState
-    ) -> Tensor:
-        ctx.body, ctx.plan, ctx.how, ctx.autocast, ctx.report = body, plan, how, autocast, solved.report
+        ctx: Any, state: Tensor, solved: Solution, body: Body, plan: Plan, how: Implicit, autocast: AutocastState,
+        held: Held,
+    ) -> Tensor:  # fmt: skip
+        ctx.body, ctx.plan, ctx.how, ctx.autocast, ctx.held = body, plan, how, autocast, held
+        ctx.report = solved.report
         ctx.save_for_backward(solved.state)
         return state.view_as(state)
 
@@ -80,10 +86,11 @@ class _Adjoint(torch.autograd.Function):
         (solved,) = ctx.saved_tensors
         how: Implicit = ctx.how
         h = solved.detach().requires_grad_()
-        with torch.enable_grad(), ctx.autocast.again() if ctx.autocast.enabled else nullcontext():
+        autocast = ctx.autocast.again() if ctx.autocast.enabled else nullcontext()
+        with torch.enable_grad(), ctx.held.again(), autocast:
             state, _ = ctx.body.loop(ctx.plan, 0, h)
         if not state.requires_grad:
-            return grad, None, None, None, None, None
+            return grad, None, None, None, None, None, None
 
         def transposed(u: Tensor) -> Tensor:
             (product,) = torch.autograd.grad(state, h, u, retain_graph=True, allow_unused=True)
@@ -93,7 +100,7 @@ class _Adjoint(torch.autograd.Function):
         tol = how.tol if how.backward_tol is None else how.backward_tol
         solution = solve(transposed, grad, how.solver, steps, tol, how.memory, how.ridge)
         ctx.report.adjoint = solution.report
-        return solution.state, None, None, None, None, None
+        return solution.state, None, None, None, None, None, None
 
 
 def solve(f: Map, start: Tensor, solver: str, steps: int, tol: float, memory: int, ridge: float) -> Solution:
