@@ -20,6 +20,17 @@ def test_python_blocks_run(page):
         exec(compile(code, page.name, "exec"), names)
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """Relative links, and the modules of the repository that a page says to run."""
+    text = page.read_text()
+    for link in re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", text):
+        assert (page.parent / link).exists(), link
+    for name in re.findall(r"python -m ((?:benchmarks|effkern)[\w.]*\w)", text):
+        path = ROOT / name.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), name
+
+
 def test_the_page_of_losses_names_every_teacher_and_kind_once():
     from effkern.ops.distill.rows import SPARSE_KINDS
 

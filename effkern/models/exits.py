@@ -30,6 +30,8 @@ class ExitTest:
 
     def __post_init__(self) -> None:
         name = type(self).__name__
+        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
+            raise TypeError(f"{name}: threshold must be a number, got {self.threshold!r}")
         if not self.threshold > 0:
             raise ValueError(f"{name}: threshold must be positive, got {self.threshold!r}")
         for field in ("patience", "min_loops"):
@@ -151,13 +153,16 @@ def exit_test(text: str | ExitTest) -> ExitTest:
 
     Raises:
         ValueError: there is none of this name, or the number breaks its rule.
+        TypeError: it is neither text nor a test.
     """
     if isinstance(text, ExitTest):
         return text
-    name, _, number = text.partition("=")
+    if not isinstance(text, str):
+        raise TypeError(f"exit: test must be a name, NAME=NUMBER or an ExitTest, got {text!r}")
+    name, equals, number = text.partition("=")
     if name not in EXITS:
         raise ValueError(f"exit: test must be one of {', '.join(EXITS)}, got {text!r}")
-    if not number:
+    if not equals:
         return EXITS[name]()  # type: ignore[call-arg]
     try:
         value = int(number) if name == "argmax-stable" else float(number)

@@ -25,10 +25,25 @@ KNOWN = (*_NAMED, "cyclic-S", "block-R", "window-W")
 
 @dataclass(frozen=True)
 class KVPolicy:
-    """A policy by name; `size` is S, R or W."""
+    """A policy by name; `size` is S, R or W, and 0 for the others.
+
+    Raises:
+        ValueError: there is none of this name, or the size breaks its rule.
+        TypeError: the size is no whole number.
+    """
 
     kind: str
     size: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in (*_NAMED, *_SIZED):
+            raise ValueError(f"KVPolicy: policy must be one of {', '.join(KNOWN)}, got {self.kind!r}")
+        if type(self.size) is not int:
+            raise TypeError(f"KVPolicy: size must be a whole number, got {self.size!r}")
+        if self.kind in _SIZED and self.size < 1:
+            raise ValueError(f"KVPolicy: the size of {self.kind} must be at least 1, got {self.size}")
+        if self.kind in _NAMED and self.size != 0:
+            raise ValueError(f"KVPolicy: the size of {self.kind} must be 0, got {self.size}")
 
     @staticmethod
     def parse(text: "str | KVPolicy") -> "KVPolicy":
@@ -36,17 +51,16 @@ class KVPolicy:
 
         Raises:
             ValueError: there is none of this name, or its size is 0.
+            TypeError: it is neither.
         """
         if isinstance(text, KVPolicy):
             return text
+        if not isinstance(text, str):
+            raise TypeError(f"KVPolicy: policy must be a name or a KVPolicy, got {text!r}")
         match = _SIZE.fullmatch(text)
         if match is None and text not in _NAMED:
             raise ValueError(f"KVPolicy: policy must be one of {', '.join(KNOWN)}, got {text!r}")
-        if match is None:
-            return KVPolicy(text)
-        if int(match[2]) < 1:
-            raise ValueError(f"KVPolicy: the size of {match[1]} must be at least 1, got {text!r}")
-        return KVPolicy(match[1], int(match[2]))
+        return KVPolicy(text) if match is None else KVPolicy(match[1], int(match[2]))
 
     def __str__(self) -> str:
         return f"{self.kind}-{self.size}" if self.size else self.kind

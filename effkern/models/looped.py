@@ -171,6 +171,8 @@ class LoopedStack(nn.Module):
         if loops is None:
             return stages
         looped = sum(stage.looped for stage in stages)
+        if not isinstance(loops, (int, Sequence)):
+            raise TypeError(f"Decoder: loops must be a whole number, or one for each looped stage, got {loops!r}")
         given = [loops] * looped if isinstance(loops, int) else list(loops)
         if len(given) != looped:
             raise ValueError(f"Decoder: loops must be one number, or one for each of {looped} stages, got {loops!r}")

@@ -138,6 +138,16 @@ def test_a_cache_of_other_loops_is_refused():
     assert rel_err(more, whole[:, -1:]) < 1e-12
 
 
+def test_a_cache_of_another_damping_is_refused():
+    model, ids = loop_layers(model_of(), 1, 3, 3, damping=3), tokens()
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    for damping, mine in ((None, ""), (2, " with damping 2")):
+        loop_layers(unloop_layers(model), 1, 3, 3, damping=damping)
+        with pytest.raises(ValueError, match=f"in 3 loops{mine}, got one filled with .* 3 loops with damping 3$"):
+            model(input_ids=ids[:, :1], past_key_values=cache)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_pass_with_gradients_may_fill_a_cache_and_go_on_from_it(mode):
     """transformers makes a cache in training too; a loop that runs again must leave it alone."""
@@ -250,8 +260,9 @@ def test_a_pickled_model_computes_the_same():
     assert rel_err(other(input_ids=ids).logits, model(input_ids=ids).logits) > 1e-3
 
 
-def test_compiles_without_a_break():
-    model, ids = loop_layers(model_of(num_hidden_layers=3), 1, 2, 2, damping=2, mode="autograd"), tokens()
+@pytest.mark.parametrize("mode", MODES)
+def test_compiles_without_a_break(mode):
+    model, ids = loop_layers(model_of(num_hidden_layers=3), 1, 2, 2, damping=2, mode=mode), tokens()
     want, want_grads = step(model, ids)
     got, grads = step(torch.compile(model, backend="aot_eager", fullgraph=True), ids)
     assert rel_err(got, want) < 1e-12
@@ -272,8 +283,9 @@ def test_errors():
             loop_layers(model, *arguments, **options)
     with pytest.raises(TypeError, match=r"loop_layers: loops must be a whole number, got 2\.0"):
         loop_layers(model, 1, 3, 2.0)
-    with pytest.raises(TypeError, match=r"loop_layers: damping must be a whole number, got 1\.5"):
-        loop_layers(model, 1, 3, 2, damping=1.5)
+    for damping in (1.5, "2", float("inf"), True):
+        with pytest.raises(TypeError, match=f"loop_layers: damping must be a whole number, got {damping!r}"):
+            loop_layers(model, 1, 3, 2, damping=damping)
     with pytest.raises(ValueError, match="unloop_layers: model must be one that loop_layers was applied to"):
         unloop_layers(model)
     loop_layers(model, 1, 3, 2)

@@ -197,6 +197,8 @@ def test_names_and_defaults():
     [
         (lambda: exit_test("entropie"), "exit: test must be one of relative-change, .*, got 'entropie'"),
         (lambda: exit_test("kl=x"), "exit: kl must be followed by a number, got 'kl=x'"),
+        (lambda: exit_test("kl="), "exit: kl must be followed by a number, got 'kl='"),
+        (lambda: exit_test("kl=nan"), "KL: threshold must be positive, got nan"),
         (lambda: KL(0.0), r"KL: threshold must be positive, got 0\.0"),
         (lambda: Cosine(patience=0), "Cosine: patience must be a whole number of at least 1, got 0"),
         (lambda: Entropy(min_loops=0), "Entropy: min_loops must be a whole number of at least 1, got 0"),
@@ -206,6 +208,13 @@ def test_names_and_defaults():
 def test_errors_of_tests(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_tests_of_another_type():
+    with pytest.raises(TypeError, match="exit: test must be a name, NAME=NUMBER or an ExitTest, got 5"):
+        exit_test(5)
+    with pytest.raises(TypeError, match="KL: threshold must be a number, got '1'"):
+        KL("1")
 
 
 def test_errors_of_generation():

@@ -1,12 +1,14 @@
 """Sampling: with and without cache, filters, seeds, end of text."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from effkern.models import Decoder, DecoderConfig, generate
+from effkern.models import Decoder, DecoderConfig, generate, generate_with_loops
 from effkern.models.generate import _draw, _filter_logits
+from tests.models.loop_models import looped
 
 CONFIG = DecoderConfig(
     vocab_size=37, hidden_size=24, num_layers=2, num_heads=4, num_kv_heads=2, mlp_size=40, max_seq_len=32, head_dim=8
@@ -104,6 +106,10 @@ def test_rows_end_with_eos():
         ({"max_new_tokens": 31}, r"prompt \+ max_new_tokens must be at most max_seq_len=32, got 33"),
         ({"max_new_tokens": -1}, r"max_new_tokens must be at least 0, got -1"),
         ({"temperature": -0.5}, r"temperature must be at least 0, got -0.5"),
+        ({"temperature": math.nan}, r"temperature must be at least 0, got nan"),
+        ({"top_p": math.nan}, r"top_p must be in \(0, 1\], got nan"),
+        ({"eos": 37}, "eos must be a token below vocab_size=37, got 37"),
+        ({"eos": -1}, "eos must be a token below vocab_size=37, got -1"),
         ({"top_k": 0}, r"top_k must be at least 1, got 0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         (
@@ -116,3 +122,46 @@ def test_errors(kwargs, message):
     arguments = {"tokens_BT": torch.zeros(1, 2, dtype=torch.int64), "max_new_tokens": 4, **kwargs}
     with pytest.raises(ValueError, match="generate: " + message):
         generate(noisy(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"loops": 2.0}, r"Decoder: loops must be a whole number, or one for each looped stage, got 2\.0"),
+        ({"loops": True}, "Decoder: loops must be whole numbers, got True"),
+        ({"kv_policy": 3}, "generate: kv_policy must be a name or a KVPolicy, got 3"),
+        ({"exit": 5}, "exit: test must be a name, NAME=NUMBER or an ExitTest, got 5"),
+        ({"max_new_tokens": 4.0}, r"generate: max_new_tokens must be a whole number, got 4\.0"),
+        ({"temperature": "1"}, "generate: temperature must be a number, got '1'"),
+        ({"top_k": 2.5}, r"generate: top_k must be a whole number, got 2\.5"),
+        ({"top_p": "all"}, "generate: top_p must be a number, got 'all'"),
+        ({"eos": 1.0}, r"generate: eos must be a whole number, got 1\.0"),
+        ({"seed": None}, "generate: seed must be a whole number, got None"),
+    ],
+)
+def test_arguments_of_another_type(kwargs, message):
+    arguments = {"tokens_BT": torch.zeros(1, 2, dtype=torch.int64), "max_new_tokens": 4, **kwargs}
+    with pytest.raises(TypeError, match=message):
+        generate(Decoder(looped()), **arguments)
+
+
+@pytest.mark.parametrize("options", [{}, {"exit": "cosine"}, {"use_cache": False}, {"eos": 1}, {"temperature": 1.0}])
+def test_no_prompts(options):
+    found = generate_with_loops(Decoder(looped("1x2,1x1,1x3")), torch.zeros(0, 3).long(), 4, **options)
+    assert (found.tokens.shape, found.tokens.dtype) == ((0, 7), torch.int64)
+    assert found.loops.shape == (0, 4, 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"exit": "cosine=0.1", "temperature": 1.0}, {"temperature": 1.0}], ids=str)
+def test_a_model_in_training_generates_what_it_generates_in_evaluation(options):
+    """Its first states are noise and its numbers of loops are drawn, in training; and its mode is as it was."""
+    model = noisy(looped(init="noise", sample="uniform", injection="add")).train()
+    model.stack.stages[0].eval()
+    modes, prompt = [m.training for m in model.modules()], torch.randint(0, 37, (3, 5))
+    torch.manual_seed(1)
+    first = generate(model, prompt, 12, **options)
+    assert torch.equal(first, generate(model, prompt, 12, **options))
+    if "exit" not in options:
+        assert torch.equal(first, generate(model, prompt, 12, use_cache=False, **options))
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(first, generate(model.eval(), prompt, 12, **options))

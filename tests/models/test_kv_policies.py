@@ -189,3 +189,24 @@ def test_names_of_policies(text):
     assert [str(KVPolicy.parse(k.replace("S", "2").replace("R", "2").replace("W", "2"))) for k in KNOWN] == [
         "full", "latest-available", "last", "cyclic-2", "block-2", "window-2",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "error", "message"),
+    [
+        ("cyclic", 0, ValueError, "the size of cyclic must be at least 1, got 0"),
+        ("window", -2, ValueError, "the size of window must be at least 1, got -2"),
+        ("last", 2, ValueError, "the size of last must be 0, got 2"),
+        ("lst", 0, ValueError, "policy must be one of full, .*, got 'lst'"),
+        ("cyclic-2", 0, ValueError, "policy must be one of full, .*, got 'cyclic-2'"),
+        ("block", 2.0, TypeError, r"size must be a whole number, got 2\.0"),
+    ],
+)
+def test_a_policy_made_directly(kind, size, error, message):
+    with pytest.raises(error, match=f"KVPolicy: {message}"):
+        KVPolicy(kind, size)
+
+
+def test_a_policy_of_another_type():
+    with pytest.raises(TypeError, match="KVPolicy: policy must be a name or a KVPolicy, got 3"):
+        KVPolicy.parse(3)

@@ -55,6 +55,10 @@ def test_notation_errors(text):
         parse_stages(text)
     with pytest.raises(ValueError, match=r"stages: layers and loops must be at least 1, got '0x3' in '1x1,0x3'"):
         parse_stages("1x1,0x3")
+    for absurd in ("1x99999999999999999999", "2147483648x2"):
+        with pytest.raises(ValueError, match=f"layers and loops must be at most 2147483647, got '{absurd}'"):
+            LoopConfig(absurd)
+    assert parse_stages("1x2147483647") == (Stage(1, 2147483647),)
 
 
 @pytest.mark.parametrize("config", EVERY_PART)

@@ -61,7 +61,7 @@ def by_hand(
         if injection.kind == "gate":
             z = injection.state_scale * h + injection.input_scale * x
         if injection.kind == "convex":
-            share = injection.gate.sigmoid()
+            share = injection.gate.to(x.dtype).sigmoid()
             z = share * h + (1 - share) * x
         rows = block.conditioning.rows(first + loops, time_steps, x)
         if rows is not None:
@@ -72,7 +72,7 @@ def by_hand(
             if kind == "stream":
                 z = layer(table[t, i, 0] * z + table[t, i, 1] * x, *args)
             elif kind == "increment":
-                z = z + table[t, i] * (layer(z, *args) - z)
+                z = z + table[t, i].to(x.dtype) * (layer(z, *args) - z)
             elif kind == "argument":
                 z = layer(z, *args, scale=table[t, i])
             else:

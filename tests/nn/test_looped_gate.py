@@ -104,6 +104,41 @@ def test_extremes():
     assert expected_exit_loss(exit_log_probs(logits), losses, 0.0, mask=mask * 0) == 0
 
 
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+def test_gradients_at_tokens_that_do_not_count_are_zero(poison):
+    """Whatever is there; and the others' are as if those tokens were not."""
+    logits, losses = (torch.randn(4, 3, dtype=torch.float64) for _ in range(2))
+    mask = torch.tensor([1, 0, 1])
+
+    def gradients(make, columns, fill=None):
+        leaves = [x[:, columns].clone() for x in (logits, losses)]
+        if fill is not None:
+            for x in leaves:
+                x[:, 1] = fill
+        leaves = [x.requires_grad_() for x in leaves]
+        make(*leaves, mask[columns]).backward()
+        return [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
+
+    for make in (
+        lambda z, x, m: expected_exit_loss(exit_log_probs(torch.where(m > 0, z, 0.0)), x, 0.1, mask=m),
+        lambda p, x, m: expected_exit_loss(p, x, 0.1, mask=m),
+        lambda z, x, m: exit_gate_loss(z, x, mask=m),
+    ):
+        found = gradients(make, [0, 1, 2], poison)
+        for grad, want in zip(found, gradients(make, [0, 2])):
+            assert (grad[:, 1] == 0).all()
+            torch.testing.assert_close(grad[:, [0, 2]], want, rtol=1e-12, atol=1e-14)
+
+
+def test_a_probability_of_zero_has_a_finite_gradient():
+    """p log p at log p = -inf, as where a gate is sure: value and gradient are their limits, 0."""
+    log_probs = torch.tensor([[0.0], [-torch.inf]], requires_grad=True)
+    loss = expected_exit_loss(log_probs, torch.ones(2, 1), 0.5)
+    assert loss == 1
+    # d/dl of e^l (loss + beta l) is e^l (loss + beta l + beta).
+    assert torch.autograd.grad(loss, log_probs)[0].tolist() == [[1.5], [0.0]]
+
+
 def test_stages_train_what_they_should():
     """Stage I the model and the gate, stage II the gate alone."""
     block, gate = LoopedBlock(Layer(dtype=torch.float32), 3), ExitGate(DIM)

@@ -150,6 +150,9 @@ def test_errors():
         ({"memory": 0}, "Implicit: memory must be a whole number of at least 1, got 0"),
         ({"tol": -1.0}, "Implicit: tol must be a number of at least 0, got -1.0"),
         ({"backward_steps": 0}, "Implicit: backward_steps must be a whole number of at least 1, got 0"),
+        ({"ridge": float("inf")}, "Implicit: ridge must be finite, got inf"),
+        ({"ridge": float("nan")}, "Implicit: ridge must be a number of at least 0, got nan"),
+        ({"tol": True}, "Implicit: tol must be a number of at least 0, got True"),
     ):
         with pytest.raises(ValueError, match=message):
             Implicit(**options)
@@ -171,6 +174,43 @@ def test_errors():
     assert block.eval()(x).isfinite().all()
     with pytest.raises(ValueError, match="mode must have loops for all_states, got Implicit"):
         block.all_states(x)
+    for loops in (3, -5):
+        with pytest.raises(ValueError, match=f"loops must be None for Implicit, as all loops are one map, got {loops}"):
+            block(x, loops=loops)
+
+
+@pytest.mark.parametrize("backward", ["jacobian_free", "adjoint"])
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("shape", [(0, DIM), (0, 3, DIM), (2, 0, DIM)], ids=str)
+def test_an_empty_batch(shape, solver, backward):
+    block = LoopedBlock(Contraction(), 1, injection="add")
+    x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    y = block(x, mode=Implicit(solver, backward=backward))
+    assert y.shape == shape
+    assert block.last_solution.residual == 0
+    y.sum().backward()
+    assert x.grad.shape == shape
+    assert (block.core.weight.grad == 0).all()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_how_far_the_adjoint_came(solver):
+    """Of the call that it belongs to; too few steps are seen in the residual."""
+    block = LoopedBlock(Contraction(0.9), 1, injection="add")
+    x, reports = torch.randn(2, DIM, dtype=torch.float64), []
+    for steps in (2, 400):
+        y = block(x.requires_grad_(), mode=Implicit(solver, 400, 1e-12, backward="adjoint", backward_steps=steps))
+        reports.append(block.last_solution)
+        assert reports[-1].adjoint is None
+        block(x, mode=Implicit(solver))
+        assert block.last_solution.adjoint is None
+        y.sin().sum().backward()
+        assert block.last_solution.adjoint is None
+    few, many = (report.adjoint for report in reports)
+    assert few.steps == 2
+    assert few.residual > 1e-4
+    assert 2 < many.steps < 400
+    assert many.residual <= 1e-12
 
 
 def test_a_state_that_is_not_finite():

@@ -83,6 +83,24 @@ def test_errors(make, message):
         make()
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: UniformLoops(1.0, 3), r"UniformLoops: low must be a whole number, got 1\.0"),
+        (lambda: UniformLoops(1, "3"), "UniformLoops: high must be a whole number, got '3'"),
+        (lambda: UniformLoops(True, 3), "UniformLoops: low must be a whole number, got True"),
+        (lambda: UniformLoops(1, 3, 2.0), r"UniformLoops: with_gradient must be a whole number, got 2\.0"),
+        (lambda: PoissonLognormalLoops("3"), "PoissonLognormalLoops: mean must be a number, got '3'"),
+        (lambda: PoissonLognormalLoops(True), "PoissonLognormalLoops: mean must be a number, got True"),
+        (lambda: PoissonLognormalLoops(3, None), "PoissonLognormalLoops: sigma must be a number, got None"),
+        (lambda: PoissonLognormalLoops(limit=8.0), r"PoissonLognormalLoops: limit must be a whole number, got 8\.0"),
+    ],
+)
+def test_arguments_of_another_type(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
 def test_a_step_must_be_a_whole_number():
     with pytest.raises(TypeError, match=r"UniformLoops: step must be a whole number, got 1\.0"):
         UniformLoops(1, 3).draw(1.0)

@@ -55,7 +55,8 @@ def loop_layers(
         loops: L >= 1.
         damping: K, a whole number of at least 1. None: plain repetition.
         mode: what is kept for backward: "recompute" the input of each loop, "full" everything, "recompute_layer" the
-            input of each loop, and of each layer of one loop; "autograd" leaves it to torch (torch.compile needs it).
+            input of each loop, and of each layer of one loop; "autograd" leaves it to torch. torch.compile takes
+            all, but with gradients and use_cache=True fullgraph needs "full" or "autograd" (others break the graph).
             With a filled or a static cache in a pass with gradients everything is kept.
 
     Gradient checkpointing of transformers takes the span as one layer: it keeps the span's input alone, and backward
@@ -67,7 +68,9 @@ def loop_layers(
 
     Raises:
         ValueError: another architecture, a model that was changed before, or an argument that breaks a rule; the model
-            is then as it was. Later, in a forward pass: a cache that another number of loops or span has filled.
+            is then as it was. Later, in a forward pass: a cache that another span, number of loops or damping has
+            filled.
+        TypeError: start, stop, loops or damping is no whole number.
 
     Memory: see mode; the cache grows from n to n + (loops - 1) (stop - start) layers.
     Source: Saunshi et al., arXiv 2502.17416 (middle looping); training-free looping, arXiv 2605.23872.
@@ -98,6 +101,8 @@ def loop_layers(
 
 def unloop_layers(model: Model) -> Model:
     """Undo loop_layers: every layer runs once.
+
+    Start with new caches: the plain model does not look at who has filled one, and would go on from the loops' keys.
 
     Raises:
         ValueError: loop_layers was not applied to `model`.
@@ -192,7 +197,7 @@ def _run(layer: nn.Module, span: Span, calls: list[Call], x: Tensor) -> Tensor:
     loops: int = block.loops  # type: ignore[assignment]
     past = calls[0].kwargs.get("past_key_values")
     if past is not None:
-        cache = SpanCache(past, span.start, span.stop, loops, span.num_layers)
+        cache = SpanCache(past, span.start, span.stop, loops, span.num_layers, block.substeps)
         mode = mode if cache.may_replay else "autograd"
     each = [[call.of_loop(t, i, cache) for i, call in enumerate(calls)] for t in range(loops)]
     if not torch.is_grad_enabled():

@@ -15,18 +15,20 @@ class SpanCache:
     """The cache of one pass, with entries for every loop.
 
     Raises:
-        ValueError: another span or number of loops has filled it.
+        ValueError: another span, number of loops or damping has filled it.
     """
 
-    def __init__(self, cache: Any, start: int, stop: int, loops: int, num_layers: int) -> None:
+    def __init__(
+        self, cache: Any, start: int, stop: int, loops: int, num_layers: int, damping: int | None = None
+    ) -> None:
         self.cache, self.start, self.width, self.num_layers = cache, start, stop - start, num_layers
         self._seen: set[tuple[int, int]] = set()
-        mark = (start, stop, loops)
+        mark = (start, stop, loops, damping)
         filled = len(cache.layers) > start and int(cache.get_seq_length(start)) > 0
         found = getattr(cache, _MARK, None)
         if filled and found != mark:
-            what = "no loops" if found is None else f"layers {found[0]} to {found[1] - 1} in {found[2]} loops"
-            rule = f"be empty or filled by layers {start} to {stop - 1} in {loops} loops"
+            what = "no loops" if found is None else _loops(*found)
+            rule = f"be empty or filled by {_loops(*mark)}"
             raise ValueError(f"loop_layers: past_key_values must {rule}, got one filled with {what}")
         if found != mark:
             _grow(cache, start, stop, loops, num_layers)
@@ -59,6 +61,11 @@ class LoopCache:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
+
+
+def _loops(start: int, stop: int, loops: int, damping: int | None) -> str:
+    damped = "" if damping is None else f" with damping {damping}"
+    return f"layers {start} to {stop - 1} in {loops} loops{damped}"
 
 
 def _grow(cache: Any, start: int, stop: int, loops: int, num_layers: int) -> None:

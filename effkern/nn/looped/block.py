@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effkern.nn.looped import modes, parts
+from effkern.nn.looped import checks, modes, parts
 from effkern.nn.looped.body import OP, Body, LoopPart, Plan
 from effkern.nn.looped.by_autograd import by_autograd
 from effkern.nn.looped.checks import check_loops, check_time_steps, require
 from effkern.nn.looped.engine import Job, run
+from effkern.nn.looped.finite import FiniteFlags
 from effkern.nn.looped.implicit import SolverReport, fixed_point
 from effkern.nn.looped.modes import Implicit, Mode, Truncated
 from effkern.nn.looped.sampling import Sampler
@@ -44,7 +45,8 @@ class LoopedBlock(nn.Module):
     Args:
         core: a module that maps [..., D] to the same shape, or a list of layers, applied in turn.
         loops: L, or UniformLoops / PoissonLognormalLoops: then a training call needs its `step`, and draws L from it
-            and `seed`.
+            and `seed`. Their with_gradient holds in train() for every mode named by a string, also where a call gives
+            its `loops`.
         dim: D. Needed by parts with parameters; the rest does without.
         mode: what is kept for backward, see below.
         init: h_0. "input" x, "zeros", "learned" a vector, "noise" truncated normal as Huginn.
@@ -63,8 +65,10 @@ class LoopedBlock(nn.Module):
         norm_eps: of that RMSNorm.
         check_finite: look at every state, and raise naming the first loop whose state is not finite. One read of
             flags after the last loop; it waits for the device.
-        main_grad: add the gradients of core and norm to `p.main_grad` (float32, made if absent) and leave `p.grad`
-            alone. For trainers that reduce and use it themselves: no hook of DDP or FSDP fires for those parameters.
+        main_grad: add the gradients of the core, and of a norm that is a module, to `p.main_grad` (float32, for float64
+            float64; made if absent) and leave `p.grad` alone; the block's own parameters, norm=True's weight among
+            them, get theirs as usual. For trainers that reduce and use it themselves: no hook of DDP or FSDP fires for
+            those parameters. Not in mode "autograd", and where FSDP inside or a compiler needs torch's own graph.
         loop_argument: name under which the core gets the number of the loop, an int.
         seed: of drawn numbers of loops.
         device, dtype: of the block's own parameters. Factors of whole tensors stay float32.
@@ -78,13 +82,21 @@ class LoopedBlock(nn.Module):
         "autograd"         L k M           3 L T   torch's own graph: second derivatives, and tracing as a whole
     In all but the last, backward is one node that sums the gradients of shared tensors over loops in float32, rounds
     once, and gives each parameter one gradient: one reduction a parameter under DDP. full and recompute give the same
-    bits. Dropout and autocast are replayed exactly. Compile the core, not the block: then no L compiles anything.
+    bits. Dropout and autocast are replayed exactly. Tensors that get a gradient must be arguments or parameters:
+    another one that the core reads is found in backward, in whichever loop, and refused. Compile the core, not the
+    block: then no L compiles anything.
+
+    As with torch's checkpoint, what runs again in backward runs as a forward does: the buffers that a core writes, as
+    running statistics of BatchNorm, are updated once more ("full" updates them once a loop); and a core that draws
+    random numbers has the default generators set back to each loop's state for the time of its backward, which threads
+    that draw from them meanwhile would see.
 
     FSDP2: fully_shard the block; its parameters are gathered once forward and once backward, whatever L. If the core or
     its layers are units of their own, "recompute" falls back to torch's checkpoint per loop, "full" to "autograd".
 
     Raises:
         ValueError, TypeError: an argument breaks a rule.
+        RuntimeError: in backward, if parameters or arguments were changed in place or frozen since forward.
     """
 
     def __init__(
@@ -131,6 +143,8 @@ class LoopedBlock(nn.Module):
             require(name, value, value in known, f"be one of {known}")
         if max_loops is not None:
             require("max_loops", max_loops, type(max_loops) is int and max_loops >= 1, "be at least 1")
+        checks.check_limits(loops, max_loops, mode)
+        checks.check_norm(norm, norm_eps)
         wide = {
             "init": init == "learned", "injection": injection in ("linear", "gate", "convex"),
             "residual": residual == "laurel", "conditioning": conditioning != "none", "norm": norm is True,
@@ -164,8 +178,7 @@ class LoopedBlock(nn.Module):
             assert dim is not None
             self.norm = parts.LoopNorm(dim, device, dtype)
         self.last_solution: SolverReport | None = None
-        """Of the last call with Implicit: evaluations and residual."""
-        self._verified: list[bool] = []
+        """Of the last call with Implicit: evaluations and residual, and those of its backward with "adjoint"."""
 
     def draw_loops(self, step: int) -> int:
         """L of a training step, where loops are drawn."""
@@ -240,8 +253,14 @@ class LoopedBlock(nn.Module):
         per_layer: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> LoopState:
-        """One more loop, with autograd's own graph if any. `loops`: those there will be at most, for tables and dt."""
-        count = self._count(loops, None) if loops is not None or not isinstance(self.loops, Sampler) else at.loop + 1
+        """One more loop, with autograd's own graph if any.
+
+        loops: those there will be at most, for tables and dt. None: the block's, of a sampler its `in_evaluation`. With
+        check_finite every call waits for the device. With main_grad only without gradient.
+        """
+        if loops is None and isinstance(self.loops, Sampler):
+            loops = self.loops.in_evaluation
+        count = self._count(loops, None)
         if at.loop >= count:
             raise ValueError(f"{OP}: loops must be more than the {at.loop} done, got {count}")
         plan = self._plan(at.source, args, kwargs, count, time_steps, per_layer)
@@ -249,6 +268,11 @@ class LoopedBlock(nn.Module):
         x_t = body.enter(plan, at.loop, at.state)
         f = body.apply_core(plan, at.loop, x_t)
         step = body.leave(plan, at.loop, f, at.state, change=True)
+        if step.state.requires_grad:
+            self._refuse_main_grad(self._owner())
+        flags = FiniteFlags(self.check_finite, at.loop)
+        flags.add(step.state)
+        flags.check()
         return LoopState(step.state, at.source, at.loop + 1, step.change)
 
     def _execute(
@@ -261,15 +285,12 @@ class LoopedBlock(nn.Module):
         if mode == modes.RECOMPUTE_LAYER:
             require("mode", mode, self.layered, "come with a list of layers as core")
         if isinstance(mode, Implicit):
-            self._check_implicit(all_states, time_steps, per_layer)
+            self._check_implicit(all_states, loops, time_steps, per_layer)
             count = 1
         else:
             count = self._count(loops, step)
         if isinstance(mode, Truncated) and mode.loops > count:
             raise ValueError(f"{OP}: Truncated.loops must be at most the loops of the call, {count}, got {mode.loops}")
-        if loops is None and self.training and mode in (modes.FULL, modes.RECOMPUTE):
-            last = self.loops.with_gradient if isinstance(self.loops, Sampler) else None
-            mode = mode if last is None else Truncated(min(last, count), recompute=mode == modes.RECOMPUTE)
         h = self._first_state(x, state)
         plan = self._plan(x, args, kwargs, count, time_steps, per_layer)
         body = self._body(plan)
@@ -278,22 +299,34 @@ class LoopedBlock(nn.Module):
             if torch.compiler.is_compiling() or self._sharded_inside():
                 raise NotImplementedError(f"{OP}: Implicit needs an eager block whose core is no unit of FSDP")
             body = body._replace(carries_state=True)
-            job = Job(body, plan, False, False, 0, False, owner, self.main_grad, self._verified)
+            job = Job(body, plan, False, False, 0, False, owner, self.main_grad)
             fixed, self.last_solution = fixed_point(job, h, mode)
             return (fixed,)
-        first = count - mode.loops if isinstance(mode, Truncated) else 0
+        first = count - mode.loops if isinstance(mode, Truncated) else self._first_with_gradient(count)
         keep = mode == modes.FULL or (isinstance(mode, Truncated) and not mode.recompute)
-        job = Job(
-            body, plan, keep, mode == modes.RECOMPUTE_LAYER, first, all_states, owner, self.main_grad, self._verified
-        )
+        job = Job(body, plan, keep, mode == modes.RECOMPUTE_LAYER, first, all_states, owner, self.main_grad)
+        outside = mode == modes.AUTOGRAD or torch.compiler.is_compiling() or self._sharded_inside()
+        if outside:
+            self._refuse_main_grad(owner)
         if mode == modes.AUTOGRAD:
             # What has second derivatives.
             return by_autograd(job._replace(body=body._replace(impl="reference")), h, again=False)
-        if torch.compiler.is_compiling() or self._sharded_inside():
-            if self.main_grad:
-                raise NotImplementedError(f"{OP}: main_grad needs an eager block whose core is no unit of FSDP")
+        if outside:
             return by_autograd(job, h, again=not keep)
         return run(job, h)
+
+    def _refuse_main_grad(self, owner: nn.Module) -> None:
+        """Where torch's own graph would leave the gradients in p.grad."""
+        if self.main_grad and torch.is_grad_enabled() and any(p.requires_grad for p in owner.parameters()):
+            raise NotImplementedError(
+                f"{OP}: main_grad needs an eager call, a core that is no unit of FSDP, and another mode than "
+                '"autograd" and than going loop by loop'
+            )
+
+    def _first_with_gradient(self, count: int) -> int:
+        """As a sampler's with_gradient says."""
+        last = self.loops.with_gradient if isinstance(self.loops, Sampler) and self.training else None
+        return 0 if last is None else max(0, count - last)
 
     def _count(self, loops: int | None, step: int | None) -> int:
         if loops is None:
@@ -316,12 +349,13 @@ class LoopedBlock(nn.Module):
             return nn.ModuleList([self.core])
         return nn.ModuleList([self.core, self.norm])
 
-    def _check_implicit(self, all_states: bool, time_steps: Any, per_layer: Any) -> None:
+    def _check_implicit(self, all_states: bool, loops: Any, time_steps: Any, per_layer: Any) -> None:
         """A fixed point is that of one map."""
         for name, value, plain in (
             ("conditioning", self.conditioning.kind, "none"),
             ("layer_scalars", self.layer_scalars.kind, "none"),
             ("loop_argument", self.loop_argument, None),
+            ("loops", loops, None),
             ("time_steps", time_steps, None),
             ("per_layer", per_layer, None),
         ):
@@ -340,8 +374,7 @@ class LoopedBlock(nn.Module):
             raise ValueError(f"{OP}: x must have shape {rule}, got {tuple(x.shape)}")
         if state is None:
             return self.start_state(x)
-        if state.shape != x.shape:
-            raise ValueError(f"{OP}: state must have x's shape {tuple(x.shape)}, got {tuple(state.shape)}")
+        checks.check_state(state, x)
         return state.to(x.dtype)
 
     def _plan(
@@ -366,6 +399,7 @@ class LoopedBlock(nn.Module):
             if self.residual.kind == "euler":
                 dt = steps[t] if steps is not None else 1 / (self.substeps or count)
                 part["alpha"], part["beta"] = dt, 1 - dt
+        checks.check_per_layer(per_layer)
         for name, values in (per_layer or {}).items():
             self._spread(name, values, loops)
         return Plan(shared, loops)

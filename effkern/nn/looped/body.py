@@ -150,7 +150,8 @@ class Body(NamedTuple):
         _check_output(f"core[{i}]", y, z)
         y = y.to(z.dtype)
         if scalars is not None and self.scalar_use == "increment":
-            y = loop_step(y, z, alpha=scalars, beta=1 - scalars, impl=self.impl).state
+            share = scalars.to(torch.promote_types(scalars.dtype, z.dtype))
+            y = loop_step(y, z, alpha=share, beta=1 - share, impl=self.impl).state
         return y
 
 

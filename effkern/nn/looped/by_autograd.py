@@ -14,7 +14,8 @@ def by_autograd(job: Job, carry: Tensor, again: bool) -> tuple[Tensor, ...]:
     for t in range(total):
         if t < job.first:
             with torch.no_grad():
-                state, carry = job.loop(job.plan, t, carry)
+                # A core may return what it got.
+                state, carry = (z.detach() for z in job.loop(job.plan, t, carry))
         elif again and torch.is_grad_enabled():
             state, carry = checkpoint(job.loop, job.plan, t, carry, job.by_layer, use_reentrant=False)
         else:

@@ -6,7 +6,7 @@ hooks it has fire once.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +18,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from effkern.nn.looped.body import OP, Body, Plan
 from effkern.nn.looped.captured import check_captured
 from effkern.nn.looped.finite import FiniteFlags
+from effkern.nn.looped.held import Held
+from effkern.nn.looped.hooks import hooks_aside
+from effkern.nn.looped.main_grad import asked_for, check_main_grads, main_grad_of, wide
 from effkern.nn.looped.replay import AutocastState, RandomStates, devices_of
 
 
@@ -35,8 +38,6 @@ class Job(NamedTuple):
     owner: nn.Module
     """Whose parameters are read: the core, and the norm if it is a module."""
     main_grad: bool
-    verified: list[bool]
-    """Not empty: a backward has found nothing captured before."""
 
     def loop(self, plan: Plan, t: int, carry: Tensor, by_layer: bool = False) -> tuple[Tensor, Tensor]:
         """The state, and not what was made of it, is where a gradient stops, and where the block begins and ends."""
@@ -89,10 +90,12 @@ class Leaves:
 def run(job: Job, carry: Tensor) -> tuple[Tensor, ...]:
     """The last state, or with `all_states` every one; with gradients where autograd is on and something needs one."""
     leaves = Leaves(job.plan)
-    params = [p for p in job.owner.parameters() if p.requires_grad]
-    inputs = [carry, *leaves.tensors, *params]
+    held = Held(job.owner)
+    inputs = [carry, *leaves.tensors, *held.trained]
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        return _Loops.apply(job, leaves, *inputs)
+        if job.main_grad:
+            check_main_grads(held.trained)
+        return _Loops.apply(job, leaves, held, *inputs)
     flags, states = FiniteFlags(job.body.check_finite), []
     for t in range(len(job.plan.loops)):
         state, carry = job.loop(job.plan, t, carry)
@@ -120,17 +123,19 @@ class Kept(NamedTuple):
 
 class _Loops(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, job: Job, leaves: Leaves, start: Tensor, *tensors: Tensor) -> Any:
+    def forward(ctx: Any, job: Job, leaves: Leaves, held: Held, start: Tensor, *tensors: Tensor) -> Any:
         body, plan, total = job.body, job.plan, len(job.plan.loops)
-        ctx.job, ctx.leaves = job, leaves
+        ctx.job, ctx.leaves, ctx.held = job, leaves, held
         ctx.set_materialize_grads(False)
         carry = start
         ctx.autocast = AutocastState(carry.device)
-        ctx.versions = [] if job.keep else [(x, x._version) for x in leaves.others if not x.is_inference()]
+        # What is read again; of kept graphs torch itself looks after the rest.
+        again = {} if job.keep else {"arguments": leaves.others, "parameters": held.frozen}
+        ctx.versions = [(what, x, x._version) for what, xs in again.items() for x in xs if not x.is_inference()]
         devices = devices_of([carry, *tensors])
         flags, carries, states, random = FiniteFlags(body.check_finite), [], [], []
         ctx.kept = []
-        wanted = ctx.needs_input_grad[2]
+        wanted = ctx.needs_input_grad[3]
         if job.keep:
             proxies = [x.detach().requires_grad_() for x in leaves.tensors]
             tracked = leaves.replaced(proxies)
@@ -160,15 +165,19 @@ class _Loops(torch.autograd.Function):
             # Casts made here have no graph; some releases of torch hand them to whoever reads those weights next.
             torch.clear_autocast_cache()
         ctx.random, ctx.devices = random, devices
+        if not job.keep:
+            held.hold_buffers()
         # Parameters by reference: a hook of saved tensors that hands out a copy would cut them off.
-        count = len(leaves.tensors)
-        ctx.params = list(tensors[count:])
-        ctx.versions += [(p, p._version) for p in ctx.params]
-        ctx.save_for_backward(*tensors[:count], *carries)
+        ctx.versions += [("parameters", p, p._version) for p in held.trained]
+        ctx.save_for_backward(*tensors[: len(leaves.tensors)], *carries)
         # A core may return what it got.
         seen: set[int] = {id(start), *map(id, tensors)}
         outputs = []
-        for state in states:
+        for t, state in enumerate(states):
+            if job.all_states and t < job.first:
+                # A view of what has a gradient would have one, too.
+                outputs.append(state.detach())
+                continue
             outputs.append(state.view_as(state) if id(state) in seen else state)
             seen.add(id(state))
         if job.all_states:
@@ -179,19 +188,21 @@ class _Loops(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         if torch.is_grad_enabled():
             raise NotImplementedError(f'{OP}: create_graph=True is not covered, mode="autograd" is')
-        for x, version in ctx.versions:
-            if x._version != version:
-                what = "parameters" if isinstance(x, nn.Parameter) else "arguments"
-                raise RuntimeError(f"{OP}: {what} must stay as they are until backward, got one changed in place")
         job: Job = ctx.job
+        held: Held = ctx.held
+        for what, x, version in ctx.versions:
+            if x._version != version:
+                raise RuntimeError(f"{OP}: {what} must stay as they are until backward, got one changed in place")
+        if not all(p.requires_grad for p in held.trained):
+            raise RuntimeError(f"{OP}: parameters must stay as they are until backward, got one frozen since forward")
         keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
         saved = ctx.saved_tensors
         count = len(ctx.leaves.tensors)
-        tensors, params, carries = list(saved[:count]), ctx.params, saved[count:]
+        tensors, carries = list(saved[:count]), saved[count:]
         total, by_state = len(job.plan.loops), list(grads)
         if not job.all_states:
             by_state[:0] = [None] * (total - 1)
-        sums = Sums(count, params, job.main_grad)
+        sums = Sums(count, held.trained, job.main_grad)
         if job.keep:
             proxies, tracked = ctx.proxies, None
         else:
@@ -199,8 +210,11 @@ class _Loops(torch.autograd.Function):
             tracked = ctx.leaves.replaced(proxies)
         following: Tensor | None = None
         # Entered once, so that weights are cast once.
-        random = _random_states_kept(ctx.devices) if ctx.random else nullcontext()
-        with random, ctx.autocast.again(), _parameters(job.owner, params), sums.of_parameters():
+        with ExitStack() as stack:
+            stack.enter_context(_random_states_kept(ctx.devices) if ctx.random else nullcontext())
+            stack.enter_context(nullcontext() if job.keep else held.again())
+            stack.enter_context(ctx.autocast.again())
+            stack.enter_context(sums.of_parameters())
             for t in reversed(range(job.first, total)):
                 if following is None and by_state[t] is None:
                     continue
@@ -211,7 +225,7 @@ class _Loops(torch.autograd.Function):
                         ctx.kept[i] = None
                 else:
                     assert tracked is not None
-                    wanted = t > job.first or (t == 0 and ctx.needs_input_grad[2])
+                    wanted = t > job.first or (t == 0 and ctx.needs_input_grad[3])
                     leaf = carries[i].detach().requires_grad_(wanted)
                     if ctx.random:
                         ctx.random[i].restore()
@@ -219,14 +233,14 @@ class _Loops(torch.autograd.Function):
                         kept = Kept.of(leaf, *job.loop(tracked, t, leaf, job.by_layer))
                 places = ctx.leaves.of_loop(t, 2)
                 with ctx.autocast.off():
-                    following = _through(job, kept, by_state[t], following, proxies, places, params, sums, keep_graph)
+                    following = _through(kept, by_state[t], following, proxies, places, held, sums, keep_graph)
                 del kept
-        return (None, None, following if ctx.needs_input_grad[2] else None, *sums.results(tensors, params))
+        return (None, None, None, following if ctx.needs_input_grad[3] else None, *sums.results(tensors))
 
 
 def _through(
-    job: Job, kept: Kept, grad_state: Tensor | None, grad_carry: Tensor | None, proxies: list[Tensor],
-    places: list[int], params: list[Tensor], sums: "Sums", keep_graph: bool,
+    kept: Kept, grad_state: Tensor | None, grad_carry: Tensor | None, proxies: list[Tensor], places: list[int],
+    held: Held, sums: "Sums", keep_graph: bool,
 ) -> Tensor | None:  # fmt: skip
     """Backward of one loop: adds to `sums`, returns the gradient of what the loop got."""
     if kept.carry is None and grad_carry is not None:
@@ -241,10 +255,10 @@ def _through(
         return None
     read = [proxies[place] for place in places]
     own = [kept.leaf] if kept.leaf.requires_grad else []
-    if not job.verified:
-        check_captured(outputs, [*own, *read, *params])
-        job.verified.append(True)
-    found = torch.autograd.grad(outputs, [*own, *read, *params], arriving, retain_graph=keep_graph, allow_unused=True)
+    inputs = [*own, *read, *held.trained]
+    # In every loop: a core may read another tensor in each. One that was frozen in forward gets no gradient.
+    check_captured(outputs, [*inputs, *held.frozen])
+    found = torch.autograd.grad(outputs, inputs, arriving, retain_graph=keep_graph, allow_unused=True)
     for place, grad in zip(places, found[len(own) :]):
         if grad is not None:
             sums.add(place, grad)
@@ -261,10 +275,10 @@ class Sums:
         self.ours = [False] * len(self.totals)
         self.stubs: dict[int, Tensor] = {}
         if main_grad:
+            check_main_grads(params)
             for i, p in enumerate(params, count):
-                if getattr(p, "main_grad", None) is None:
-                    p.main_grad = torch.zeros_like(p, dtype=wide(p.dtype))  # type: ignore[attr-defined]
-                self.totals[i], self.ours[i] = p.main_grad, True  # type: ignore[attr-defined]
+                if asked_for(p):
+                    self.totals[i], self.ours[i] = main_grad_of(p), True
 
     def add(self, place: int, grad: Tensor) -> None:
         total = self.totals[place]
@@ -290,26 +304,19 @@ class Sums:
 
         By hooks, in place of those that the parameters have: theirs are for the one gradient at the end.
         """
-        aside = [(p, dict(p._backward_hooks)) for p in self.params if p._backward_hooks]
-        for p, _ in aside:
-            p._backward_hooks.clear()  # type: ignore[union-attr]
-        handles = [p.register_hook(partial(self.take, i)) for i, p in enumerate(self.params, self.count)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for p, hooks in aside:
-                p._backward_hooks.update(hooks)  # type: ignore[union-attr]
+        with hooks_aside(self.params):
+            handles = [p.register_hook(partial(self.take, i)) for i, p in enumerate(self.params, self.count)]
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
 
-    def results(self, tensors: list[Tensor], params: list[Tensor]) -> list[Tensor | None]:
+    def results(self, tensors: list[Tensor]) -> list[Tensor | None]:
         """One gradient each, in the tensor's dtype."""
-        grads = [None if g is None else g.to(x.dtype) for g, x in zip(self.totals, [*tensors, *params])]
-        return grads[: self.count] + [None] * len(params) if self.main_grad else grads
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+        given = tensors if self.main_grad else [*tensors, *self.params]
+        grads = [None if g is None else g.to(x.dtype) for g, x in zip(self.totals, given)]
+        return grads + [None] * (len(self.totals) - len(grads))
 
 
 @contextmanager
@@ -319,15 +326,3 @@ def _random_states_kept(devices: list[torch.device]) -> Iterator[None]:
         yield
     finally:
         states.restore()
-
-
-def _parameters(owner: nn.Module, params: list[Tensor]) -> Any:
-    """The module with the parameters of the forward pass, which a functional call had put in for its duration."""
-    names, now = [], []
-    for name, p in owner.named_parameters():
-        if p.requires_grad:
-            names.append(name)
-            now.append(p)
-    if len(now) == len(params) and all(a is b for a, b in zip(now, params)):
-        return nullcontext()
-    return nn.utils.stateless._reparametrize_module(owner, dict(zip(names, params)), tie_weights=True)

@@ -5,8 +5,9 @@ from torch import Tensor
 
 
 class FiniteFlags:
-    def __init__(self, on: bool) -> None:
-        self.on = on
+    def __init__(self, on: bool, first: int = 0) -> None:
+        """first: the number of the first loop that is looked at."""
+        self.on, self.first = on, first
         self.extremes: list[Tensor] = []
 
     def add(self, state: Tensor) -> None:
@@ -20,7 +21,7 @@ class FiniteFlags:
             return
         finite = torch.stack(self.extremes).isfinite().all(1).tolist()
         if not all(finite):
-            first, loops = finite.index(False), len(finite)
+            first, loops = self.first + finite.index(False), self.first + len(finite)
             raise FloatingPointError(
                 f"LoopedBlock: state must be finite after every loop, got a value that is not after loop {first} "
                 f"(counted from 0, of {loops})"

@@ -88,7 +88,7 @@ def expected_exit_loss(log_probs: Tensor, losses: Tensor, beta: float, *, mask: 
         log_probs: [L, ...]. Gets a gradient.
         losses: of each loop and token, [L, ...]. Gets a gradient.
         beta: >= 0, nats.
-        mask: [...], which tokens count; None: all.
+        mask: [...], which tokens count; None: all. Of the others anything may come, NaN too, and their gradient is 0.
 
     Returns:
         0-d; 0 if no token counts.
@@ -99,10 +99,11 @@ def expected_exit_loss(log_probs: Tensor, losses: Tensor, beta: float, *, mask: 
     _same("expected_exit_loss", "losses", losses, log_probs)
     if not beta >= 0:
         raise ValueError(f"expected_exit_loss: beta must be at least 0, got {beta!r}")
+    log_probs, losses = _counted("expected_exit_loss", mask, log_probs, losses)
     probs = log_probs.exp()
-    # p log p is 0 where p is, also where log p is -inf.
-    terms = probs * losses + beta * torch.where(probs > 0, probs * log_probs, 0.0)
-    return _mean("expected_exit_loss", terms.sum(0), mask)
+    # p log p is 0 where p is, also where log p is -inf: before the product, as 0 * inf is NaN in its gradient.
+    finite = torch.where(probs > 0, log_probs, 0.0)
+    return _mean((probs * losses + beta * probs * finite).sum(0), mask)
 
 
 def exit_gate_loss(
@@ -117,7 +118,7 @@ def exit_gate_loss(
         logits: z_t, [L, ...], L >= 2, of detached states. Gets a gradient.
         losses: of each loop and token, [L, ...]. Gets none.
         slope, threshold: Ouro's.
-        mask: [...], which tokens count; None: all.
+        mask: as in expected_exit_loss.
 
     Returns:
         0-d; 0 if no token counts.
@@ -128,11 +129,11 @@ def exit_gate_loss(
     _same("exit_gate_loss", "losses", losses, logits)
     if len(logits) < 2:
         raise ValueError(f"exit_gate_loss: logits must be of at least 2 loops, got {len(logits)}")
-    losses = losses.detach().to(logits.dtype)
+    logits, losses = _counted("exit_gate_loss", mask, logits, losses.detach().to(logits.dtype))
     gain = (losses[:-1] - losses[1:]).clamp_min(0)
     worth = torch.sigmoid(slope * (gain - threshold))
     terms = nn.functional.binary_cross_entropy_with_logits(-logits[1:], worth, reduction="none")
-    return _mean("exit_gate_loss", terms.mean(0), mask)
+    return _mean(terms.mean(0), mask)
 
 
 def _same(op: str, name: str, x: Tensor, y: Tensor) -> None:
@@ -140,10 +141,16 @@ def _same(op: str, name: str, x: Tensor, y: Tensor) -> None:
         raise ValueError(f"{op}: {name} must have shape {tuple(y.shape)}, got {tuple(x.shape)}")
 
 
-def _mean(op: str, terms: Tensor, mask: Tensor | None) -> Tensor:
+def _counted(op: str, mask: Tensor | None, *values: Tensor) -> tuple[Tensor, ...]:
+    """Each [L, ...], 0 where the mask is: before any product, whose gradient would be 0 * NaN."""
     if mask is None:
-        return terms.mean()
-    if mask.shape != terms.shape:
-        raise ValueError(f"{op}: mask must have shape {tuple(terms.shape)}, got {tuple(mask.shape)}")
-    # A loss that does not count may be NaN.
-    return torch.where(mask != 0, terms * mask, 0.0).sum() / mask.sum().clamp_min(1)
+        return values
+    shape = values[0].shape[1:]
+    if mask.shape != shape:
+        raise ValueError(f"{op}: mask must have shape {tuple(shape)}, got {tuple(mask.shape)}")
+    return tuple(torch.where(mask != 0, x, 0.0) for x in values)
+
+
+def _mean(terms: Tensor, mask: Tensor | None) -> Tensor:
+    """Of finite terms where the mask is 0."""
+    return terms.mean() if mask is None else (terms * mask).sum() / mask.sum().clamp_min(1)

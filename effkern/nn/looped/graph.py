@@ -10,13 +10,17 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from effkern.nn.looped.block import LoopedBlock
 from effkern.nn.looped.body import OP as BLOCK
 from effkern.nn.looped.body import Body, Plan
-from effkern.nn.looped.engine import wide
+from effkern.nn.looped.captured import check_captured
 from effkern.nn.looped.finite import FiniteFlags
+from effkern.nn.looped.hooks import hooks_aside
+from effkern.nn.looped.main_grad import asked_for, check_main_grads, main_grad_of, wide
+from effkern.nn.looped.modes import RECOMPUTE
 from effkern.nn.looped.replay import AutocastState, RandomStates, devices_of
 
 OP = "GraphedLoops"
@@ -52,23 +56,26 @@ class GraphedLoops(nn.Module):
     """The block, each of its loops a replay: no launch overhead, and no recording for another number of loops.
 
     Called like the block, in its mode "recompute" (exact; L S + k M bytes). Records at the first call for each shape,
-    dtype, autocast state and structure of the arguments; keep those few. Parameters are read where they were at that
-    call: an optimizer that works in place suits, moving the module does not.
+    dtype, autocast state and structure of the arguments, for what trains and what is frozen, and for train() and
+    eval() of every module; keep those few. Parameters are read where they were at that call: an optimizer that works in
+    place suits, moving the module does not.
 
     Args:
-        block: without loop_argument; its core draws no random numbers and keeps control flow on the host out.
+        block: in mode "recompute", without loop_argument and without a sampler's with_gradient; its core draws no
+            random numbers and keeps control flow on the host out.
         recorder: None: CUDA graphs.
 
     Raises:
-        NotImplementedError: the core draws random numbers, the block has loop_argument, or per_layer holds no tensors.
-        RuntimeError: a parameter has moved since the recording.
+        NotImplementedError: the core draws random numbers, the block has another mode, loop_argument or with_gradient,
+            or per_layer holds no tensors.
+        ValueError: the core reads a tensor with a gradient from around it.
+        RuntimeError: a parameter or buffer has moved, or is another one (a functional call), since the recording.
     """
 
     def __init__(self, block: LoopedBlock, recorder: Recorder | None = None) -> None:
         super().__init__()
-        if block.loop_argument is not None:
-            raise NotImplementedError(f"{OP}: block must have no loop_argument, got {block.loop_argument!r}")
         self.block = block
+        self._check_block()
         self.recorder = recorder if recorder is not None else CudaRecorder()
         self._recorded: dict[Any, _Recorded] = {}
 
@@ -77,6 +84,7 @@ class GraphedLoops(nn.Module):
         time_steps: Any = None, per_layer: dict[str, Any] | None = None, **kwargs: Any,
     ) -> Tensor:  # fmt: skip
         """h_L; see LoopedBlock.forward."""
+        self._check_block()
         block = self.block
         count = block._count(loops, step)
         start = block._first_state(x, state)
@@ -84,18 +92,33 @@ class GraphedLoops(nn.Module):
         plan = Plan(plan.shared, [_numbers_to_tensors(part, x) for part in plan.loops])
         layout = _Layout.of(plan)
         autocast = AutocastState(x.device)
-        key = (x.shape, x.dtype, x.device, tuple(autocast.kinds), layout.key(plan))
+        trains = tuple(p.requires_grad for p in block.parameters())
+        training = tuple(module.training for module in block.modules())
+        key = (x.shape, x.dtype, x.device, tuple(autocast.kinds), trains, training, layout.key(plan))
         recorded = self._recorded.get(key)
         if recorded is None:
             body = block._body(plan)._replace(carries_state=True)
             recorded = _Recorded(block, body, plan, layout, start, autocast, self.recorder)
             self._recorded[key] = recorded
         recorded.check_in_place()
+        if block.main_grad:
+            check_main_grads(recorded.params)
         shared, rows = layout.tensors(plan)
         flat_rows = [x for row in rows for x in row]
         # Without a graph nothing is kept.
         where = (recorded, count, len(shared), torch.is_grad_enabled())
         return _Replays.apply(*where, start, *shared, *flat_rows, *recorded.params)
+
+    def _check_block(self) -> None:
+        block = self.block
+        for name, value, plain in (
+            ("loop_argument", block.loop_argument, None),
+            ("mode", block.mode, RECOMPUTE),
+            ("with_gradient of its sampler", getattr(block.loops, "with_gradient", None), None),
+        ):
+            if value != plain:
+                rule = f"no {name}" if plain is None else f"{name} {plain!r}"
+                raise NotImplementedError(f"{OP}: block must have {rule}, got {value!r}")
 
 
 class _Layout(NamedTuple):
@@ -141,7 +164,7 @@ class _Recorded:
         autocast.cache = False
         owner = block._owner()
         self.params = [p for p in owner.parameters() if p.requires_grad]
-        self.every = list(owner.parameters())
+        self.owner, self.every = owner, _tensors_of(owner)
         self.addresses = [p.data_ptr() for p in self.every]
         shared, rows = layout.tensors(plan)
         self.shared, self.row = _static(shared), _static(rows[0])
@@ -165,8 +188,10 @@ class _Recorded:
         leaf = self.state.detach().requires_grad_()
         with torch.enable_grad(), self.autocast.again():
             state = self.body.loop(self.plan, 0, leaf)[0]
-            with self.autocast.off():
-                found = torch.autograd.grad(state, [leaf, *self.read, *self.params], self.grad, allow_unused=True)
+            inputs = [leaf, *self.read, *self.params]
+            check_captured([get_gradient_edge(state)] if state.requires_grad else [], [*inputs, *self.every])
+            with self.autocast.off(), hooks_aside(self.params):
+                found = torch.autograd.grad(state, inputs, self.grad, allow_unused=True)
         num_shared, num_rows = len(self.read) - len(self.row_grads), len(self.row_grads)
         for target, g in zip(self.row_grads, found[1 + num_shared : 1 + num_shared + num_rows]):
             target.zero_() if g is None else target.copy_(g)
@@ -189,9 +214,10 @@ class _Recorded:
             raise NotImplementedError(f"{OP}: core must draw no random numbers, got a state of them changed")
 
     def check_in_place(self) -> None:
-        for p, address in zip(self.every, self.addresses):
-            if p.data_ptr() != address:
-                raise RuntimeError(f"{OP}: parameters must stay where they were recorded, got one moved")
+        now = _tensors_of(self.owner)
+        same = len(now) == len(self.every) and all(x is y for x, y in zip(now, self.every))
+        if not same or any(x.data_ptr() != address for x, address in zip(now, self.addresses)):
+            raise RuntimeError(f"{OP}: parameters must stay where they were recorded, got one moved")
 
 
 class _Replays(torch.autograd.Function):
@@ -203,7 +229,7 @@ class _Replays(torch.autograd.Function):
         width, own = len(recorded.row), tensors[: len(tensors) - len(recorded.params)]
         shared, rows = own[:num_shared], own[num_shared:]
         needed = graph and any(ctx.needs_input_grad)
-        flags, carries = FiniteFlags(recorded.body.check_finite), []
+        flags, carries = FiniteFlags(recorded.block.check_finite), []
         _copy(recorded.shared, shared)
         recorded.state.copy_(start)
         for t in range(loops):
@@ -241,9 +267,11 @@ class _Replays(torch.autograd.Function):
         results = [_spread(recorded.shared, recorded.sums[:count])]
         results += [_spread(recorded.row, grads) for grads in reversed(row_grads)]
         flat = [g for grads in results for g in grads]
+        if recorded.block.main_grad:
+            check_main_grads(recorded.params)
         for p, total in zip(recorded.params, recorded.sums[count:]):
-            if recorded.block.main_grad:
-                _add_main_grad(p, total)
+            if recorded.block.main_grad and asked_for(p):
+                main_grad_of(p).add_(total)
             flat.append(None if recorded.block.main_grad else total.to(p.dtype, copy=True))
         return (None, None, None, None, recorded.grad.clone() if ctx.needs_input_grad[4] else None, *flat)
 
@@ -254,12 +282,6 @@ def _spread(tensors: list[Tensor], grads: list[Tensor]) -> list[Tensor | None]:
     return [next(rest).to(x.dtype, copy=True) if x.requires_grad else None for x in tensors]
 
 
-def _add_main_grad(p: Tensor, total: Tensor) -> None:
-    if getattr(p, "main_grad", None) is None:
-        p.main_grad = torch.zeros_like(total)  # type: ignore[attr-defined]
-    p.main_grad.add_(total)  # type: ignore[attr-defined]
-
-
 def _static(tensors: list[Tensor]) -> list[Tensor]:
     return [x.detach().clone().requires_grad_(x.requires_grad) for x in tensors]
 
@@ -268,6 +290,11 @@ def _static(tensors: list[Tensor]) -> list[Tensor]:
 def _copy(targets: list[Tensor], sources: Any) -> None:
     for target, source in zip(targets, sources):
         target.detach().copy_(source)
+
+
+def _tensors_of(owner: nn.Module) -> list[Tensor]:
+    """What a recording reads at its address."""
+    return [*owner.parameters(), *owner.buffers()]
 
 
 def _tensor_places(tree: Any) -> list[int]:

@@ -5,27 +5,33 @@ B rows of the first dimension, N numbers in each, m memory
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from effkern.nn.looped.body import OP, Body, Plan
-from effkern.nn.looped.engine import Job, run, wide
+from effkern.nn.looped.engine import Job, run
 from effkern.nn.looped.finite import FiniteFlags
+from effkern.nn.looped.held import Held
+from effkern.nn.looped.main_grad import wide
 from effkern.nn.looped.modes import Implicit
 from effkern.nn.looped.replay import AutocastState, RandomStates, devices_of
 
 Map = Callable[[Tensor], Tensor]
 
 
-class SolverReport(NamedTuple):
+@dataclass(eq=False)
+class SolverReport:
     """How far a solver came."""
 
     steps: int
     """Evaluations of F."""
     residual: Tensor
-    """||F(h) - h|| / ||F(h)|| of the last one, the largest of all rows; 0-d."""
+    """||F(h) - h|| / ||F(h)|| of the last one, the largest of all rows; 0-d. 0 without any."""
+    adjoint: "SolverReport | None" = None
+    """Of backward="adjoint", once backward has run: the same of u <- J^T u + g."""
 
 
 class Solution(NamedTuple):
@@ -56,7 +62,9 @@ def fixed_point(job: Job, start: Tensor, how: Implicit) -> tuple[Tensor, SolverR
     autocast = AutocastState(start.device)
     (state,) = run(job, solution.state)
     if how.backward == "adjoint" and state.requires_grad:
-        state = _Adjoint.apply(state, solution.state, body, plan, how, autocast)
+        held = Held(job.owner)
+        held.hold_buffers()
+        state = _Adjoint.apply(state, solution, body, plan, how, autocast, held)
     return state, solution.report
 
 
@@ -65,10 +73,12 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, state: Tensor, solved: Tensor, body: Body, plan: Plan, how: Implicit, autocast: AutocastState
-    ) -> Tensor:
-        ctx.body, ctx.plan, ctx.how, ctx.autocast = body, plan, how, autocast
-        ctx.save_for_backward(solved)
+        ctx: Any, state: Tensor, solved: Solution, body: Body, plan: Plan, how: Implicit, autocast: AutocastState,
+        held: Held,
+    ) -> Tensor:  # fmt: skip
+        ctx.body, ctx.plan, ctx.how, ctx.autocast, ctx.held = body, plan, how, autocast, held
+        ctx.report = solved.report
+        ctx.save_for_backward(solved.state)
         return state.view_as(state)
 
     @staticmethod
@@ -76,10 +86,11 @@ class _Adjoint(torch.autograd.Function):
         (solved,) = ctx.saved_tensors
         how: Implicit = ctx.how
         h = solved.detach().requires_grad_()
-        with torch.enable_grad(), ctx.autocast.again() if ctx.autocast.enabled else nullcontext():
+        autocast = ctx.autocast.again() if ctx.autocast.enabled else nullcontext()
+        with torch.enable_grad(), ctx.held.again(), autocast:
             state, _ = ctx.body.loop(ctx.plan, 0, h)
         if not state.requires_grad:
-            return grad, None, None, None, None, None
+            return grad, None, None, None, None, None, None
 
         def transposed(u: Tensor) -> Tensor:
             (product,) = torch.autograd.grad(state, h, u, retain_graph=True, allow_unused=True)
@@ -88,7 +99,8 @@ class _Adjoint(torch.autograd.Function):
         steps = how.steps if how.backward_steps is None else how.backward_steps
         tol = how.tol if how.backward_tol is None else how.backward_tol
         solution = solve(transposed, grad, how.solver, steps, tol, how.memory, how.ridge)
-        return solution.state, None, None, None, None, None
+        ctx.report.adjoint = solution.report
+        return solution.state, None, None, None, None, None, None
 
 
 def solve(f: Map, start: Tensor, solver: str, steps: int, tol: float, memory: int, ridge: float) -> Solution:
@@ -149,9 +161,11 @@ def _mixed(values: list[Tensor], gaps: list[Tensor], ridge: float) -> Tensor:
 def _rows(h: Tensor) -> Tensor:
     """[B, N] in float32 at least."""
     h = h.to(wide(h.dtype))
-    return h.reshape(len(h), -1) if h.dim() > 1 else h.reshape(1, -1)
+    return h.flatten(1) if h.dim() > 1 else h.flatten()[None]
 
 
 def _residual(gap: Tensor, value: Tensor) -> Tensor:
+    if not len(value):
+        return value.new_zeros(())
     size = value.norm(dim=-1).clamp_min(torch.finfo(value.dtype).tiny)
     return (gap.norm(dim=-1) / size).amax()

@@ -1,5 +1,6 @@
 """How a looped block is executed: what is kept for backward, and which loops get a gradient."""
 
+import math
 from dataclasses import dataclass
 
 FULL, RECOMPUTE, RECOMPUTE_LAYER, AUTOGRAD = "full", "recompute", "recompute_layer", "autograd"
@@ -29,6 +30,7 @@ class Implicit:
     The solver runs without gradient, and one loop follows from where it stopped. Backward, with J = dF/dh there and g
     the gradient that comes in: "jacobian_free" goes through that one loop with g; "adjoint" with u = J^T u + g, solved
     by the same solver: the gradient of the fixed point itself.
+    How far the solvers came: LoopedBlock.last_solution, and its `adjoint` after backward.
     """
 
     solver: str = "anderson"
@@ -60,7 +62,9 @@ class Implicit:
             value = getattr(self, name)
             if name == "backward_tol" and value is None:
                 continue
-            _require(name, value, isinstance(value, (int, float)) and value >= 0, "be a number of at least 0")
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            _require(name, value, number and value >= 0, "be a number of at least 0")
+            _require(name, value, math.isfinite(value), "be finite")
 
 
 Mode = str | Truncated | Implicit

@@ -21,6 +21,11 @@ SCALARS = ("none", "increment", "stream", "argument")
 FEATURES = 64
 
 
+def _wide(p: Tensor, x: Tensor) -> torch.dtype:
+    """What is made of p for x is computed in: float32, or float64 where one of them is."""
+    return torch.promote_types(torch.promote_types(p.dtype, x.dtype), torch.float32)
+
+
 class FullPrecision(nn.Module):
     """Keeps its own parameters in float32: `.to(dtype)` and `.half()` leave them."""
 
@@ -136,7 +141,7 @@ class Injection(FullPrecision):
             # The same in every loop.
             return {"mix": own, "e": nn.functional.linear(e, injected.to(e.dtype)).to(e.dtype)}
         if self.gate is not None:
-            share = torch.sigmoid(self.gate.float())
+            share = torch.sigmoid(self.gate.to(_wide(self.gate, e)))
             return {"e": e, "state_scale": share, "input_scale": 1 - share}
         if self.state_scale is not None and self.input_scale is not None:
             return {"e": e, "state_scale": self.state_scale, "input_scale": self.input_scale}
@@ -231,8 +236,8 @@ class Conditioning(nn.Module):
         if self.table is not None:
             return list(self.table[:loops].unbind(0))
         assert self.outer is not None
-        where: dict[str, Any] = {"device": like.device, "dtype": torch.float32}
         weight = self.outer.weight
+        where: dict[str, Any] = {"device": like.device, "dtype": _wide(weight, like)}
         if self.inner is None:
             return list(self.outer(features(torch.arange(loops, **where)).to(weight.dtype)).unbind(0))
         steps = torch.tensor(time_steps if time_steps is not None else [1 / loops] * loops, **where)

@@ -23,6 +23,7 @@ class UniformLoops:
 
     Raises:
         ValueError: an argument breaks a rule.
+        TypeError: one is no number, or no whole number.
     """
 
     low: int
@@ -30,9 +31,11 @@ class UniformLoops:
     with_gradient: int | None = None
 
     def __post_init__(self) -> None:
-        _require("UniformLoops", "low", self.low, _whole(self.low, 1), "be a whole number of at least 1")
-        _require("UniformLoops", "high", self.high, _whole(self.high, self.low), f"be at least low={self.low}")
-        _with_gradient("UniformLoops", self.with_gradient)
+        name = "UniformLoops"
+        _whole(name, "low", self.low)
+        _whole(name, "high", self.high)
+        _require(name, "high", self.high, self.high >= self.low, f"be at least low={self.low}")
+        _whole(name, "with_gradient", self.with_gradient, optional=True)
 
     def draw(self, step: int, seed: int = 0) -> int:
         return _stream("UniformLoops", seed, step).randint(self.low, self.high)
@@ -56,6 +59,7 @@ class PoissonLognormalLoops:
 
     Raises:
         ValueError: an argument breaks a rule.
+        TypeError: one is no number, or no whole number.
 
     Source: Geiping et al., arXiv 2502.05171, and its public code.
     """
@@ -67,11 +71,14 @@ class PoissonLognormalLoops:
 
     def __post_init__(self) -> None:
         name = "PoissonLognormalLoops"
+        for argument in ("mean", "sigma"):
+            value = getattr(self, argument)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name}: {argument} must be a number, got {value!r}")
         _require(name, "mean", self.mean, 0 < self.mean <= 1e6, "lie in (0, 1e6]")
         _require(name, "sigma", self.sigma, 0 <= self.sigma <= 10, "lie in [0, 10]")
-        if self.limit is not None:
-            _require(name, "limit", self.limit, _whole(self.limit, 1), "be a whole number of at least 1")
-        _with_gradient(name, self.with_gradient)
+        _whole(name, "limit", self.limit, optional=True)
+        _whole(name, "with_gradient", self.with_gradient, optional=True)
 
     def draw(self, step: int, seed: int = 0) -> int:
         stream = _stream("PoissonLognormalLoops", seed, step)
@@ -97,13 +104,12 @@ def _poisson(rate: float, stream: random.Random) -> int:
     return count
 
 
-def _whole(value: object, least: int) -> bool:
-    return type(value) is int and value >= least
-
-
-def _with_gradient(name: str, value: object) -> None:
-    if value is not None:
-        _require(name, "with_gradient", value, _whole(value, 1), "be a whole number of at least 1")
+def _whole(name: str, argument: str, value: object, *, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if type(value) is not int:
+        raise TypeError(f"{name}: {argument} must be a whole number, got {value!r}")
+    _require(name, argument, value, value >= 1, "be a whole number of at least 1")
 
 
 def _require(name: str, argument: str, value: object, holds: bool, rule: str) -> None:

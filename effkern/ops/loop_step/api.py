@@ -74,6 +74,10 @@ def loop_step(
         TypeError: unsupported dtype or type.
         NotImplementedError: impl does not cover the device or dtype; a second derivative ("reference" has one).
 
+    Range: squares are summed in float32 (float64) as they are, as in any RMSNorm. Those of numbers below 1e-19 (1e-154)
+    lose digits and then vanish: the change is 0 where s and s - h are as small. Sums of squares above 1e38 (1e308), as
+    of numbers of 1e18 to 1e19 (1e153 to 1e154), are infinite: the normalised state is 0, the change NaN or infinite.
+
     Memory: kept for backward: nothing wide without norm and tensors as factors; with a norm s and 1 per token; f for
     alpha's gradient, h for beta's and A's, s and e for those of their scales; h A (r per token).
     Deterministic, backward too.
