@@ -30,6 +30,8 @@ from effkern.ops.distill import gemm
 from effkern.ops.distill.rows import DIVERGENCES
 
 CHECK_ROWS = 64
+# The loss in chunks of other sizes than its own.
+CHUNKS = {f"{mib} MiB": mib for mib in (8, 16, 32, 64, 128)}
 # Those that Liger has a chunked loss for: beta of its JSD, or its cosine loss.
 LIGER = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": PARAMETERS["beta"], "cosine": None}
 
@@ -63,7 +65,7 @@ def make(
     return Inputs(divergence, hidden.requires_grad_(), weight.requires_grad_(), labels, logits, states, head)
 
 
-def effkern_loss(x: Inputs) -> torch.Tensor:
+def effkern_loss(x: Inputs, chunk_mib: int | None = None) -> torch.Tensor:
     teacher: TeacherLogits | TeacherHidden | None = None
     if x.teacher_logits is not None:
         teacher = TeacherLogits(x.teacher_logits)
@@ -73,7 +75,7 @@ def effkern_loss(x: Inputs) -> torch.Tensor:
     needed: dict[str, Any] = {name: PARAMETERS[name] for name in DIVERGENCES[x.divergence].parameters}
     return linear_distill_loss(
         x.hidden, x.weight, x.labels, teacher=teacher, omega=omega, temperature=t, teacher_temperature=t,
-        divergence=x.divergence, **needed,
+        divergence=x.divergence, chunk_bytes=chunk_mib and chunk_mib << 20, **needed,
     ).loss  # fmt: skip
 
 
@@ -152,6 +154,8 @@ def variants(x: Inputs, names: list[str]) -> dict[str, Callable[[], None]]:
             made[name] = products_as_ours(x)
         elif name == "effkern":
             made[name] = step(x, effkern_loss)
+        elif name in CHUNKS:
+            made[name] = step(x, partial(effkern_loss, chunk_mib=CHUNKS[name]))
         elif name == "eager":
             made[name] = step(x, eager_loss)
         elif name == "torch.compile":

@@ -3,6 +3,7 @@
     python -m benchmarks.ops.distill_catalogue                        teacher logits, float32 and bfloat16
     python -m benchmarks.ops.distill_catalogue --case hidden          the teacher's output layer inside; with Liger
     python -m benchmarks.ops.distill_catalogue --memory               and the peak of every variant (slow)
+    python -m benchmarks.ops.distill_catalogue --chunks               effkern in chunks of 8 to 128 MiB of logits
 
 Within a row the variants take turns; rows are independent runs. The floor is torch.mm on the same data.
 """
@@ -29,7 +30,7 @@ def measure(case: dict, rounds: int, threads: int, memory: bool, shares: list[st
     shape = {**case, "dtype": getattr(torch, case["dtype"])}
     x = distill.make(**shape)
     distill.check(x)
-    known = [*NAMES, LIGER] if case["case"] == "hidden" else NAMES
+    known = [*NAMES, *distill.CHUNKS, *([LIGER] if case["case"] == "hidden" else [])]
     runs = distill.variants(x, [name for name in known if name in shares])
     timings = runner.interleave(runs, rounds)
     floor = timings["products"]
@@ -43,7 +44,7 @@ def measure(case: dict, rounds: int, threads: int, memory: bool, shares: list[st
 
 def markdown(rows: list[dict]) -> str:
     """Ratios of wall time (and of CPU time) to the products; MiB where measured."""
-    columns = [n for n in NAMES[1:] + [LIGER] if any(n in row for row in rows)]
+    columns = [n for n in [*NAMES[1:], LIGER, *distill.CHUNKS] if any(n in row for row in rows)]
     lines = [f"| divergence | dtype | products, ms | {' | '.join(columns)} |", "|---" * (3 + len(columns)) + "|"]
     for row in rows:
         cells = []
@@ -68,9 +69,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--chunks", action="store_true")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
+    if a.chunks:
+        a.variants = ["products", *distill.CHUNKS]
     rows: list[dict] = []
     for dtype in a.dtypes:
         for divergence in a.divergences:
