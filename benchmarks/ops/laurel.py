@@ -186,8 +186,7 @@ def measure(case: dict, rounds: int) -> dict[str, runner.Timing]:
 
 def peaks(case: dict, threads: int) -> dict[str, dict]:
     """MiB beyond the inputs, by variant."""
-    names = ("rows", "dim", "rank", "dtype", "pass")
-    options = [f"--{n if n == 'pass' else n + 's'}={case[n]}" for n in names]
+    options = [f"--{name if name in ('rows', 'pass') else name + 's'}={case[name]}" for name in CASE]
     return {
         name: {
             "peak_mib": int(
@@ -195,13 +194,13 @@ def peaks(case: dict, threads: int) -> dict[str, dict]:
             )
             / 2**20
         }
-        for name in ("effkern", "torch.compile", "eager")
+        for name in ("effkern", "add+norm", "torch.compile", "eager")
     }
 
 
 HEAD = (
     "| N | D | r | dtype | pass | effkern us | spread | GB/s | of copy | x add+norm + products | cpu | compile x | cpu "
-    "| eager x | cpu | peak MiB: effkern, compile, eager |"
+    "| eager x | cpu | peak MiB: effkern, add+norm, compile, eager |"
 )
 
 
