@@ -18,7 +18,11 @@ import importlib
 import json
 import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
@@ -67,16 +71,26 @@ def measure(case: Case, capability: int, folder: Path) -> dict[str, int]:
     return {**row, "shared": compiled.metadata.shared}
 
 
-def measure_all(
-    cases: dict[str, Case], capabilities: tuple[int, ...] = CAPABILITIES
-) -> dict[str, dict[str, dict[str, int]]]:
-    from tempfile import TemporaryDirectory
+@cache
+def all_cases() -> dict[str, Case]:
+    """Those of all ops, and the sample."""
+    from tests.native import triton_sample
 
+    return cases_of_ops() | {f"sample/{name}": case for name, case in triton_sample.COMPILE_CASES.items()}
+
+
+def measure_named(where: tuple[str, int]) -> dict[str, int]:
+    """A case of `all_cases` by name, for one capability: what another process can be asked for."""
     with TemporaryDirectory() as folder:
-        return {
-            f"sm_{capability}": {name: measure(case, capability, Path(folder)) for name, case in cases.items()}
-            for capability in capabilities
-        }
+        return measure(all_cases()[where[0]], where[1], Path(folder))
+
+
+def measure_all() -> dict[str, dict[str, dict[str, int]]]:
+    """Every case for every architecture, in as many processes as there are cores."""
+    places = [(name, capability) for capability in CAPABILITIES for name in all_cases()]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        found = dict(zip(places, pool.map(measure_named, places, chunksize=4)))
+    return {f"sm_{c}": {name: found[name, c] for name in all_cases()} for c in CAPABILITIES}
 
 
 def main() -> None:
@@ -89,9 +103,11 @@ def main() -> None:
     from tests.native.resources import write_table
 
     if sys.argv[1:] == ["--spill"]:
-        print(json.dumps(measure_all(triton_sample.SPILLING_CASES, (80,))))
+        with TemporaryDirectory() as folder:
+            rows = {name: measure(case, 80, Path(folder)) for name, case in triton_sample.SPILLING_CASES.items()}
+        print(json.dumps({"sm_80": rows}))
         return
-    usage = measure_all({**cases_of_ops(), **{f"sample/{k}": v for k, v in triton_sample.COMPILE_CASES.items()}})
+    usage = measure_all()
     if sys.argv[1:] == ["--write"]:
         write_table(TABLE, f"triton {triton.__version__}", usage)
     else:
