@@ -93,9 +93,8 @@ class SlowDecoder:
         if kind == "gate":
             return part.state_scale * h + part.input_scale * e
         if kind == "convex":
-            # Made of float32 parameters, in float32.
-            g = 1 / (1 + torch.exp(-part.gate.float()))
-            return g.double() * h + (1 - g).double() * e
+            g = 1 / (1 + torch.exp(-part.gate.double()))
+            return g * h + (1 - g) * e
         return h
 
     @staticmethod
