@@ -21,8 +21,8 @@ EFFKERN_INLINE int32_t float_to_bits(float value) {
 }
 
 // `a` where `which`, else `b`: by bits, so that both are computed in all lanes. Of a conditional the compiler may make
-// arithmetic under a mask, whose other lanes hold what was there before; where that is subnormal, an operation takes 150
-// cycles.
+// arithmetic under a mask, whose other lanes hold what was there before; where that is subnormal, the processor assists at
+// every operation.
 EFFKERN_INLINE float select(bool which, float a, float b) {
   const int32_t mask = -static_cast<int32_t>(which);
   return bits_to_float((float_to_bits(a) & mask) | (float_to_bits(b) & ~mask));

@@ -62,7 +62,7 @@ def test_where_torchs_own_graph_runs_it_is_refused(monkeypatch):
         block.advance(block.start(x))
     with torch.no_grad():
         assert torch.equal(block(x, mode="autograd"), block.advance(block.advance(block.advance(block.start(x)))).state)
-    monkeypatch.setattr(block, "_sharded_inside", lambda: True)
+    monkeypatch.setattr("effkern.nn.looped.block.has_fsdp_inside", lambda core: True)
     for mode in ("recompute", "autograd"):
         with pytest.raises(NotImplementedError, match="LoopedBlock: main_grad needs an eager call"):
             block(x, mode=mode)

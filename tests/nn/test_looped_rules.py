@@ -152,7 +152,7 @@ def test_step_by_step_looks_at_every_state():
 @pytest.mark.parametrize("mode", [Truncated(2), Truncated(2, recompute=False)], ids=str)
 def test_states_without_gradient_of_a_core_that_returns_its_input(mode, sharded, monkeypatch):
     block, x = LoopedBlock(nn.Identity(), LOOPS), torch.randn(3, DIM, requires_grad=True)
-    monkeypatch.setattr(block, "_sharded_inside", lambda: sharded)
+    monkeypatch.setattr("effkern.nn.looped.block.has_fsdp_inside", lambda core: sharded)
     states = block.all_states(x, mode=mode)
     assert [h.requires_grad for h in states][:2] == [False, False]
     assert all(torch.equal(h, x) for h in states)

@@ -1,39 +1,21 @@
 """`LoopedBlock`: a core applied L times, with what lies between the loops, trained through exactly and cheaply."""
 
-import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from effkern.nn.looped import checks, modes, parts
 from effkern.nn.looped.body import OP, Body, LoopPart, Plan
-from effkern.nn.looped.by_autograd import by_autograd
+from effkern.nn.looped.by_autograd import by_autograd, has_fsdp_inside
 from effkern.nn.looped.checks import check_loops, check_time_steps, require
 from effkern.nn.looped.engine import Job, run
 from effkern.nn.looped.finite import FiniteFlags
 from effkern.nn.looped.implicit import SolverReport, fixed_point
 from effkern.nn.looped.modes import Implicit, Mode, Truncated
 from effkern.nn.looped.sampling import Sampler
-
-
-class LoopState(NamedTuple):
-    """Between two loops: see LoopedBlock.start."""
-
-    state: Tensor
-    """h_t."""
-    source: Tensor
-    """The block's input x."""
-    loop: int
-    """t: loops done."""
-    change: Tensor | None = None
-    """||h_t - h_{t-1}|| / ||h_t|| per token, float32; None before the first loop."""
-
-    def rows(self, index: Any) -> "LoopState":
-        """Of these rows of the first dimension."""
-        change = None if self.change is None else self.change[index]
-        return LoopState(self.state[index], self.source[index], self.loop, change)
+from effkern.nn.looped.state import LoopState
 
 
 class LoopedBlock(nn.Module):
@@ -133,33 +115,16 @@ class LoopedBlock(nn.Module):
         modes.check_mode(mode, OP)
         if not isinstance(loops, Sampler):
             check_loops(loops)
-        for name, value, known in (
-            ("init", init, parts.STARTS),
-            ("injection", injection, parts.INJECTIONS),
-            ("residual", residual, parts.RESIDUALS),
-            ("conditioning", conditioning, parts.CONDITIONINGS),
-            ("layer_scalars", layer_scalars, parts.SCALARS),
-        ):
-            require(name, value, value in known, f"be one of {known}")
+        kinds = {
+            "init": init, "injection": injection, "residual": residual, "conditioning": conditioning,
+            "layer_scalars": layer_scalars,
+        }  # fmt: skip
+        checks.check_kinds(kinds)
         if max_loops is not None:
             require("max_loops", max_loops, type(max_loops) is int and max_loops >= 1, "be at least 1")
         checks.check_limits(loops, max_loops, mode)
         checks.check_norm(norm, norm_eps)
-        wide = {
-            "init": init == "learned", "injection": injection in ("linear", "gate", "convex"),
-            "residual": residual == "laurel", "conditioning": conditioning != "none", "norm": norm is True,
-        }  # fmt: skip
-        for name, needed in wide.items():
-            require("dim", dim, not needed or (type(dim) is int and dim >= 1), f"be given for this {name}")
-        for name, needed in (("conditioning", conditioning == "table"), ("layer_scalars", layer_scalars != "none")):
-            require("max_loops", max_loops, not needed or max_loops is not None, f"be given for this {name}")
-        if layer_scalars != "none":
-            require("core", "one module", layered, "be a list of layers for layer_scalars")
-        if residual == "laurel" and dim is not None:
-            require("rank", rank, type(rank) is int and 0 <= rank <= dim, f"lie in [0, D={dim}]")
-        if substeps is not None:
-            require("substeps", substeps, residual == "euler", 'come with residual="euler"')
-            require("substeps", substeps, type(substeps) is int and substeps >= 1, "be at least 1")
+        checks.check_sizes(kinds, dim, rank, substeps, max_loops, layered, norm is True)
         if mode == modes.RECOMPUTE_LAYER:
             require("mode", mode, layered, "come with a list of layers as core")
         self.core: nn.Module = nn.ModuleList(layers) if layered else layers[0]
@@ -296,7 +261,7 @@ class LoopedBlock(nn.Module):
         body = self._body(plan)
         owner = self._owner()
         if isinstance(mode, Implicit):
-            if torch.compiler.is_compiling() or self._sharded_inside():
+            if torch.compiler.is_compiling() or has_fsdp_inside(self.core):
                 raise NotImplementedError(f"{OP}: Implicit needs an eager block whose core is no unit of FSDP")
             body = body._replace(carries_state=True)
             job = Job(body, plan, False, False, 0, False, owner, self.main_grad)
@@ -305,7 +270,7 @@ class LoopedBlock(nn.Module):
         first = count - mode.loops if isinstance(mode, Truncated) else self._first_with_gradient(count)
         keep = mode == modes.FULL or (isinstance(mode, Truncated) and not mode.recompute)
         job = Job(body, plan, keep, mode == modes.RECOMPUTE_LAYER, first, all_states, owner, self.main_grad)
-        outside = mode == modes.AUTOGRAD or torch.compiler.is_compiling() or self._sharded_inside()
+        outside = mode == modes.AUTOGRAD or torch.compiler.is_compiling() or has_fsdp_inside(self.core)
         if outside:
             self._refuse_main_grad(owner)
         if mode == modes.AUTOGRAD:
@@ -425,13 +390,6 @@ class LoopedBlock(nn.Module):
             norm=fused, eps=self.norm_eps, scalar_use=self.layer_scalars.kind, loop_argument=self.loop_argument,
             check_finite=self.check_finite,
         )  # fmt: skip
-
-    def _sharded_inside(self) -> bool:
-        """Whether FSDP gathers the core, or parts of it, on its own."""
-        fsdp = sys.modules.get("torch.distributed.fsdp")
-        if fsdp is None:
-            return False
-        return any(isinstance(m, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)) for m in self.core.modules())
 
     def extra_repr(self) -> str:
         return f"loops={self.loops}, mode={self.mode!r}"

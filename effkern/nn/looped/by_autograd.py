@@ -1,7 +1,9 @@
 """The loops in torch's own graph: what can be differentiated twice, traced as a whole, and has FSDP inside."""
 
+import sys
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from effkern.nn.looped.engine import Job
@@ -25,3 +27,11 @@ def by_autograd(job: Job, carry: Tensor, again: bool) -> tuple[Tensor, ...]:
             states.append(state)
     flags.check()
     return tuple(states)
+
+
+def has_fsdp_inside(core: nn.Module) -> bool:
+    """Whether FSDP gathers the core, or parts of it, on its own."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return False
+    return any(isinstance(m, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)) for m in core.modules())

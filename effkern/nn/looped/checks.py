@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from effkern.nn.looped import parts
 from effkern.nn.looped.body import OP
 from effkern.nn.looped.modes import Truncated
 from effkern.nn.looped.sampling import Sampler, UniformLoops
@@ -29,6 +30,37 @@ def check_limits(loops: int | Sampler, max_loops: int | None, mode: Any) -> None
             require("mode", mode, mode.loops <= loops, f"have at most the block's {loops} loops")
     if max_loops is not None:
         require(name, most, most <= max_loops, f"be at most max_loops={max_loops}")
+
+
+def check_kinds(kinds: dict[str, str]) -> None:
+    known = {
+        "init": parts.STARTS, "injection": parts.INJECTIONS, "residual": parts.RESIDUALS,
+        "conditioning": parts.CONDITIONINGS, "layer_scalars": parts.SCALARS,
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        require(name, kind, kind in known[name], f"be one of {known[name]}")
+
+
+def check_sizes(
+    kinds: dict[str, str], dim: Any, rank: Any, substeps: Any, max_loops: int | None, layered: bool, norm: bool
+) -> None:
+    """What the chosen parts need to know."""
+    wide = {
+        "init": kinds["init"] == "learned", "injection": kinds["injection"] in ("linear", "gate", "convex"),
+        "residual": kinds["residual"] == "laurel", "conditioning": kinds["conditioning"] != "none", "norm": norm,
+    }  # fmt: skip
+    for name, needed in wide.items():
+        require("dim", dim, not needed or (type(dim) is int and dim >= 1), f"be given for this {name}")
+    scalars = kinds["layer_scalars"] != "none"
+    for name, needed in (("conditioning", kinds["conditioning"] == "table"), ("layer_scalars", scalars)):
+        require("max_loops", max_loops, not needed or max_loops is not None, f"be given for this {name}")
+    if scalars:
+        require("core", "one module", layered, "be a list of layers for layer_scalars")
+    if kinds["residual"] == "laurel" and dim is not None:
+        require("rank", rank, type(rank) is int and 0 <= rank <= dim, f"lie in [0, D={dim}]")
+    if substeps is not None:
+        require("substeps", substeps, kinds["residual"] == "euler", 'come with residual="euler"')
+        require("substeps", substeps, type(substeps) is int and substeps >= 1, "be at least 1")
 
 
 def check_norm(norm: object, eps: object) -> None:

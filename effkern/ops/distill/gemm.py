@@ -6,7 +6,7 @@ Logits are always accumulated and stored in float32 (float64 for float64 inputs)
 from half-precision inputs. CPU libraries do not: there bfloat16 has kernels of our own where the CPU multiplies it, and
 otherwise the operands are widened one vocabulary tile at a time. Where those kernels run, float32 logits come from one
 of them too: the library that is fast at a few hundred rows allocates what it returns, and a chunk of logits is then
-page after page of fresh memory, for up to a quarter of the time of the whole loss.
+page after page of fresh memory.
 """
 
 from functools import cache
