@@ -8,8 +8,8 @@ The floor of a residual with a low-rank map is a plain one, `laurel_residual(bra
 the bare skinny products by torch.mm, all rows at once, into buffers that exist: forward x A and u B, backward also
 g B^T, dU A^T, x^T dU and u^T g. Moves count what the op must read and write of N x D elements: forward reads f and x
 and writes y and z (4); backward reads the gradients of y and z, x and y, and writes those of f and x (6). `copy` moves
-as many bytes by Tensor.copy_ into memory that exists. malloc keeps the memory of earlier results (runner.keep_memory), as
-every allocator with a cache does; `--fresh` leaves it as it is, and which variant then pays for page faults is luck.
+as many bytes by Tensor.copy_ into memory that exists. malloc keeps the memory of earlier results (runner.keep_memory),
+as every allocator with a cache does; `--fresh` leaves it as it is, and which variant then pays for page faults is luck.
 """
 
 import argparse
