@@ -93,8 +93,8 @@ def read_lines(lines: Iterable[str]) -> Cases:
             case = {"device": "cpu", **record["case"]}
             if case["device"] != "cpu":
                 case["gpu"] = record.get("gpu")
-            case = json.dumps(case, sort_keys=True)
-            found.setdefault(record["benchmark"], {}).setdefault(case, {})[record["variant"]] = record
+            cases = found.setdefault(record["benchmark"], {})
+            cases.setdefault(json.dumps(case, sort_keys=True), {})[record["variant"]] = record
     return found
 
 
