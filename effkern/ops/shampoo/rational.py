@@ -17,9 +17,9 @@ POINTS = 1200
 def tolerance(ridge: float) -> float:
     """Largest relative error of a root's eigenvalues: below what a float32 eigh loses, eps / ridge and more.
 
-    That gives 8 poles at a ridge of 1e-6 and 6 at 1e-4 and 1e-2.
+    That gives 7 poles at a ridge of 1e-6 and 6 at 1e-4 and 1e-2.
     """
-    return min(5e-4, 2.5e-8 / ridge)
+    return min(1.2e-3, 2.5e-8 / ridge)
 
 
 @cache
