@@ -22,6 +22,8 @@ namespace {
 enum Status : int32_t { kComputed, kFellBack, kZero, kFailed };
 enum Method : int64_t { kEigh, kRational };
 constexpr int kLargestRoot = 8;
+// Of the largest eigenvalue: below it the roundings of a float32 eigh, eps / ridge of the root and more, are seen.
+constexpr double kLeastSingleRidge = 1e-5;
 
 struct Options {
   int64_t method;
@@ -100,13 +102,13 @@ class Root {
       if (*residual <= options_.residual_bound) return write(out, status);
     }
     if (options_.method != kEigh) status = kFellBack;
-    if (eigh<W>()) {
+    if (options_.ridge >= kLeastSingleRidge && eigh<W>()) {
       *residual = check();
       if (*residual <= options_.residual_bound) return write(out, status);
     }
-    if (sizeof(W) < sizeof(double) && eigh<double>()) {
+    if (eigh<double>()) {
       *residual = check();
-      if (std::isfinite(*residual)) return write(out, kFellBack);
+      if (std::isfinite(*residual)) return write(out, options_.ridge >= kLeastSingleRidge ? kFellBack : status);
     }
     *residual = 0.0f;
     return kFailed;

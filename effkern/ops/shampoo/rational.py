@@ -22,12 +22,20 @@ def tolerance(ridge: float) -> float:
     return min(1.2e-3, 2.5e-8 / ridge)
 
 
-@cache
 def terms(exponent: float, ridge: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Poles and weights for x in [delta, 1] with delta = ridge / (1 + ridge); the last weight is a constant's.
 
     The constant is 0 for exponents up to -1/2, where it gains nothing.
     """
+    return _terms(exponent, ridge)
+
+
+# A traced call takes the numbers as they stand (see registry.choose).
+terms._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _terms(exponent: float, ridge: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
     delta = ridge / (1.0 + ridge)
     for count in range(2, MOST_TERMS + 1):
         poles = _poles(count, delta)
@@ -85,7 +93,3 @@ def _weights(poles: list[float], delta: float, exponent: float) -> tuple[list[fl
         importance = importance / importance.mean()
     weights = found.tolist()
     return weights if exponent > -0.5 else [*weights, 0.0], best
-
-
-# A traced call takes the numbers as they stand (see registry.choose).
-terms._dynamo_marked_constant = True  # type: ignore[attr-defined]
