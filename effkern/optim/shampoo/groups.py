@@ -34,9 +34,7 @@ def parameter_groups(
     Returns:
         Groups that are not empty, with (name, parameter) pairs in "params".
     """
-    tables = {
-        id(p) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for p in m.parameters()
-    }
+    tables = {id(p) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for p in m.parameters()}
     ends = tuple(adamw)
     chosen: dict[str, list[tuple[str, nn.Parameter]]] = {"shampoo": [], "adamw": [], "adamw, no decay": []}
     for name, p in model.named_parameters():

@@ -119,7 +119,7 @@ class Shampoo(torch.optim.Optimizer):
                     f"{key} after {found[0]}"
                 )
             return found[1]
-        check_group(group)
+        check_group(group, warn=False)
         entries, plain = [], []
         for i, parameter in enumerate(group["params"]):
             if self.uses_shampoo(group, parameter):
@@ -207,7 +207,8 @@ class Shampoo(torch.optim.Optimizer):
             missing = sorted(expected.keys() - state.keys())
             if missing:
                 raise ValueError(f"Shampoo: state of {name} must hold {sorted(expected)}, got none for {missing}")
-        for key, value in state.items():
+        # Those of the parameter's own shape first: their message says more.
+        for key, value in sorted(state.items(), key=lambda item: item[0].startswith(("left", "right"))):
             if key in shapes and tuple(value.shape) != shapes[key]:
                 raise ValueError(
                     f"Shampoo: state {key!r} of {name} must have shape {shapes[key]}, got {tuple(value.shape)}"
@@ -219,5 +220,8 @@ class Shampoo(torch.optim.Optimizer):
 def state_bytes(optimizer: Shampoo) -> int:
     """Bytes of state on this process."""
     return sum(
-        local(v).numel() * v.element_size() for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)
+        local(v).numel() * v.element_size()
+        for s in optimizer.state.values()
+        for v in s.values()
+        if isinstance(v, Tensor)
     )

@@ -37,6 +37,18 @@ def root_is_due(frequency: Frequency, start: int, step: int) -> bool:
     return step == start or (step > start and step % frequency_at(frequency, step) == 0)
 
 
+def last_root_step(frequency: Frequency, start: int, step: int) -> int:
+    """The last step up to `step` at which a root was due; 0 if there was none."""
+    if step < start:
+        return 0
+    for first, every in [(1, frequency)] if isinstance(frequency, int) else list(reversed(list(frequency))):
+        multiple = step - step % every
+        if multiple >= max(first, start):
+            return multiple
+        step = min(step, first - 1)
+    return start
+
+
 def sides_of(side: str, rows: int, cols: int) -> tuple[bool, bool]:
     """Whether a matrix is preconditioned from the left and from the right; "auto" is its smaller side."""
     if side == "auto":
@@ -68,7 +80,7 @@ def _check_frequency(value: Any) -> None:
     _require("precondition_frequency", good and firsts[0] == 1 and firsts == sorted(set(firsts)), rule, value)
 
 
-def _check_exponents(group: dict[str, Any]) -> None:
+def _check_exponents(group: dict[str, Any], warn: bool) -> None:
     given, side = group["exponents"], group["side"]
     if given is None:
         return
@@ -80,16 +92,16 @@ def _check_exponents(group: dict[str, Any]) -> None:
     usual = 1.0 if group["accumulation"] == "kl" else 0.5
     if side == "auto" and both[0] != both[1]:
         raise ValueError(f"Shampoo: exponents must be one number where side='auto', got {given!r}")
-    if abs(total - usual) > 1e-12:
+    if warn and abs(total - usual) > 1e-12:
         warnings.warn(
             f"Shampoo: exponents sum to {total:g}, not {usual:g}: the update's size then depends on the gradient's; "
             f'grafting="{group["grafting"]}"' + (" sets it" if group["grafting"] != "none" else " does not set it"),
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
-def check_group(group: dict[str, Any]) -> None:
-    """Raises ValueError or TypeError naming the option that breaks its rule."""
+def check_group(group: dict[str, Any], *, warn: bool = True) -> None:
+    """Raises ValueError naming the option that breaks its rule; warns of exponents with an unusual sum."""
     lr = group["lr"]
     if isinstance(lr, Tensor):
         _require("lr", lr.numel() == 1, "have one element where it is a tensor", tuple(lr.shape))
@@ -112,11 +124,13 @@ def check_group(group: dict[str, Any]) -> None:
     _require("pseudo_inverse", good, "be None or a share of the largest eigenvalue in (0, 1)", tolerance)
     for name in ("block_size", "start_step", "max_failures", "check_every"):
         _require(name, is_whole(group[name], 1), "be a whole number of at least 1", group[name])
-    _require("bias_correction", isinstance(group["bias_correction"], bool), "be True or False", group["bias_correction"])
+    _require(
+        "bias_correction", isinstance(group["bias_correction"], bool), "be True or False", group["bias_correction"]
+    )
     kl = group["accumulation"] == "kl"
     _require("side", not kl or group["side"] == "both", 'be "both" with accumulation="kl"', group["side"])
     _check_frequency(group["precondition_frequency"])
-    _check_exponents(group)
+    _check_exponents(group, warn)
 
 
 def check_parameter(parameter: Tensor, name: str) -> None:

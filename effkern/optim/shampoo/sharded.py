@@ -90,7 +90,9 @@ def gather_shares(stack: Tensor, group: Any) -> None:
     mine = stack.new_zeros((each, *stack.shape[1:]))
     mine[: last - first] = stack[first:last]
     everything = stack.new_empty((size * each, *stack.shape[1:]))
-    dist.all_gather_into_tensor(everything, mine, group=group)
+    # The newer name of the same.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(everything, mine, group=group)
     stack.copy_(everything[:count])
 
 

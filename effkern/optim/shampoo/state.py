@@ -106,7 +106,7 @@ def make_entry(group: dict[str, Any], parameter: Tensor, name: str, state: dict[
     own = local(parameter)
     if own.dim() > 2:
         try:
-            own.permute(order).view(own.shape[0], -1)
+            own.permute(order).view(blocks.matrix_shape(tuple(own.shape)))
         except RuntimeError:
             raise ValueError(
                 f"Shampoo: {name} must lie in memory so that it is a matrix of its first dimension by the others, got "

@@ -10,7 +10,7 @@ from effkern.ops import shampoo as ops
 from effkern.optim.shampoo import blocks, sharded
 from effkern.optim.shampoo.failures import GRADIENT, ROOT
 from effkern.optim.shampoo.grafting import SECOND_MOMENT
-from effkern.optim.shampoo.options import root_is_due
+from effkern.optim.shampoo.options import last_root_step, root_is_due
 from effkern.optim.shampoo.state import Bucket, Entry, Family, Plan, slot, wide
 from effkern.optim.shampoo.update import update_
 
@@ -90,6 +90,24 @@ def _factors(s: Segment, which: int, name: str) -> Tensor | None:
     return getattr(bucket, name)[first + s.first : first + s.last]
 
 
+def _correction(group: dict[str, Any], step: int) -> float:
+    """1 - beta2^t of the step t whose roots serve at `step`: (c L)^-a = c^-a L^-a, so that the roots, whose ridge is
+    relative, are taken of the factors as they are, and a factor that stays keeps its root to the bit."""
+    if not group["bias_correction"] or group["accumulation"] not in ("ema", "kl"):
+        return 1.0
+    taken = last_root_step(group["precondition_frequency"], group["start_step"], step)
+    return 1.0 - group["betas"][1] ** taken if taken else 1.0
+
+
+def _direction_scale(group: dict[str, Any], s: Segment) -> float:
+    """What bias correction makes of L^-a M R^-b."""
+    scale = 1.0 / (1.0 - group["betas"][0] ** s.step) if group["bias_correction"] else 1.0
+    if s.step < group["start_step"]:
+        return scale
+    buckets = (s.family.left, s.family.right)
+    return scale * _correction(group, s.step) ** sum(b.exponent for b in buckets if b is not None)
+
+
 def accumulate(work: Work) -> None:
     """L <- decay L + weight G G^T and R <- decay R + weight G^T G; blocks with a gradient that is not finite wait."""
     kind, beta = work.group["accumulation"], work.group["betas"][1]
@@ -105,11 +123,13 @@ def accumulate(work: Work) -> None:
             seen, share = grads, weight
             if kind == "kl":
                 # G R^-1 G^T / n = (G R^-1/2) (G R^-1/2)^T / n, with the roots of the step before.
-                other = roots[1 - which]
+                other, bucket = roots[1 - which], (s.family.right, s.family.left)[which]
                 assert other is not None
+                assert bucket is not None
                 stack = torch.stack(grads).to(other.dtype)
                 seen = list((stack @ other if which == 0 else other @ stack).unbind())
                 share = weight / (s.family.n if which == 0 else s.family.m)
+                share *= _correction(work.group, s.step - 1) ** (2 * bucket.exponent)
             bad = s.family.bad[which, s.first : s.last]
             if s.family.layout is not None and s.family.layout.kind == "reduce":
                 _accumulate_shards(s, factor, seen, side, decay, share, bad, work.impl)
@@ -137,17 +157,16 @@ def _accumulate_shards(
 def refresh(work: Work) -> None:
     """Take the roots that are due."""
     group = work.group
-    due: dict[tuple[int, int], tuple[Bucket, int, list[tuple[int, int]]]] = {}
+    due: dict[Bucket, list[tuple[int, int]]] = {}
     for s in work.segments:
-        if s.step < group["start_step"] or not root_is_due(group["precondition_frequency"], group["start_step"], s.step):
+        if not root_is_due(group["precondition_frequency"], group["start_step"], s.step):
             continue
         for bucket, offset in ((s.family.left, s.family.left_first), (s.family.right, s.family.right_first)):
             if bucket is not None:
-                spans = due.setdefault((id(bucket), s.step), (bucket, s.step, []))[2]
-                spans.append((offset + s.first, offset + s.last))
-    for bucket, step, spans in due.values():
+                due.setdefault(bucket, []).append((offset + s.first, offset + s.last))
+    for bucket, spans in due.items():
         for first, last in _joined(spans):
-            _take_roots(bucket, first, last, step, work)
+            _take_roots(bucket, first, last, work)
 
 
 def _joined(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -161,9 +180,8 @@ def _joined(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     yield first, last
 
 
-def _take_roots(bucket: Bucket, first: int, last: int, step: int, work: Work) -> None:
-    group, beta = work.group, work.group["betas"][1]
-    corrected = group["bias_correction"] and group["accumulation"] in ("ema", "kl")
+def _take_roots(bucket: Bucket, first: int, last: int, work: Work) -> None:
+    group = work.group
     root, failures = bucket.root[first:last], bucket.failures[first:last]
     low, high = sharded.share_of(last - first, work.root_group)
     if high > low:
@@ -172,7 +190,6 @@ def _take_roots(bucket: Bucket, first: int, last: int, step: int, work: Work) ->
             bucket.factor[first + low : first + high],
             exponent=-bucket.exponent,
             ridge=group["ridge"],
-            scale=1.0 / (1.0 - beta**step) if corrected else 1.0,
             pseudo_inverse=group["pseudo_inverse"],
             method=group["root_method"],
             out=mine,
@@ -230,24 +247,24 @@ def _update(work: Work, s: Segment, tensor: Callable[[Entry, str], Tensor]) -> N
     update_(
         group, stacks[WEIGHT], grads, stacks.get("momentum"), stacks.get("second_moment"),
         (_factors(s, 0, "root"), _factors(s, 1, "root")) if begun else (None, None),
-        (bad[:2] > 0).any(dim=0), s.step, (family.m, family.n), lambda t: sharded.add_up(t, family.layout),
+        (bad[:2] > 0).any(dim=0), s.step, _direction_scale(group, s), (family.m, family.n), lambda t: sharded.add_up(t, family.layout),
     )  # fmt: skip
 
 
 def _apply(
     group: dict[str, Any], s: Segment, stacks: dict[str, list[Tensor]], grads: list[Tensor], bad: Tensor, impl: str
 ) -> None:
-    """The common case, in one op. Bias correction of the momentum is a factor of the learning rate, but not of decay."""
+    """The common case, in one op. Bias correction is a factor of the learning rate, but not of decay."""
     beta = group["betas"][0]
     rms = group["grafting"] == "rms"
-    correction = 1.0 - beta**s.step if group["bias_correction"] and not rms else 1.0
+    scale = 1.0 if rms else _direction_scale(group, s)
     ops.apply_(
         stacks[WEIGHT], grads, _factors(s, 0, "root"), _factors(s, 1, "root"),
-        lr=group["lr"] if correction == 1.0 else group["lr"] / correction,
+        lr=group["lr"] if scale == 1.0 else group["lr"] * scale,
         momenta=stacks.get("momentum"),
         momentum_decay=beta,
         momentum_weight=1.0 - beta,
-        weight_decay=group["weight_decay"] * correction,
+        weight_decay=group["weight_decay"] / scale,
         norm=group["graft_scale"] * (s.family.m * s.family.n) ** 0.5 if rms else None,
         failures=bad,
         impl=impl,

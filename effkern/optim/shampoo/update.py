@@ -28,6 +28,7 @@ def update_(
     roots: tuple[Tensor | None, Tensor | None],
     skip: Tensor,
     step: int,
+    scale: float,
     size: tuple[int, int],
     add_up: Callable[[Tensor], Tensor],
 ) -> None:
@@ -40,6 +41,7 @@ def update_(
         momenta: of the blocks, None with beta1 = 0. moments: second moments, where grafting needs them.
         roots: L^-a [B, m, m] and R^-b [B, n, n]; (None, None) takes the other method's step (before start_step).
         skip: [B], blocks that stay as they are.
+        scale: of the direction without grafting: bias correction.
         size: (m, n) of the whole block, which the shapes here are shards of.
         add_up: sums a tensor over the processes that hold shards.
     """
@@ -69,7 +71,7 @@ def update_(
     if kind == "rms":
         length = torch.full_like(skip, size_norm, dtype=dtype)
     if length is None:
-        factor = torch.full_like(skip, 1.0 / correction, dtype=dtype)
+        factor = torch.full_like(skip, scale, dtype=dtype)
     else:
         norm = _norms(direction, add_up)
         factor = torch.where(norm > TINY, length / norm.clamp_min(TINY), torch.zeros_like(norm))
