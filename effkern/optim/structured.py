@@ -5,8 +5,8 @@
     x_{t+1} = x_t - lr V_t^-1 g
 
 The projection is linear, so that what is kept is the projection of M_t alone. Everything is computed in the parameter's
-own dtype, by eigendecompositions: this is an oracle for effkern.optim.Shampoo and the subject of the paper's experiment,
-not a fast optimizer. Source: Xie et al., "Structured Preconditioners in Adaptive Optimization" (arXiv 2503.10537).
+own dtype, by eigendecompositions: an oracle for effkern.optim.Shampoo and the subject of the paper's experiment, not a
+fast optimizer. Source: Xie et al., "Structured Preconditioners in Adaptive Optimization" (arXiv 2503.10537).
 """
 
 from collections.abc import Callable

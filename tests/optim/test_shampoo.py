@@ -166,7 +166,7 @@ def test_weight_that_is_no_matrix_in_memory():
 def test_learning_rate_as_tensor_and_as_number():
     a, b = (nn.Parameter(torch.ones(3, 4)) for _ in range(2))
     rate = torch.tensor(0.1)
-    first, second = Shampoo([a], lr=rate, grafting="none", weight_decay=0.5), Shampoo([b], lr=0.1, grafting="none", weight_decay=0.5)  # fmt: skip
+    first, second = (Shampoo([p], lr=lr, grafting="none", weight_decay=0.5) for p, lr in ((a, rate), (b, 0.1)))
     for value in (0.1, 0.03):
         rate.fill_(value)
         second.param_groups[0]["lr"] = value
@@ -274,7 +274,8 @@ def test_blocks_cover_and_do_not_overlap():
         for cuts in blocks.split(rows, cols, limit, left, right).values():
             for cut in cuts:
                 blocks.take(seen, cut).add_(1)
-                assert (not left or cut.m <= limit) and (not right or cut.n <= limit)
+                assert cut.m <= limit or not left
+                assert cut.n <= limit or not right
         assert torch.equal(seen, torch.ones(rows, cols))
     assert sorted(blocks.split(1025, 3, 1024, True, False)) == [(512, 3), (513, 3)]
 
@@ -304,7 +305,8 @@ def test_state_is_momentum_and_two_factors():
     sizes = {k: v.numel() for k, v in optimizer.state[w].items()}
     assert sizes == {"step": 1, "momentum": 160, "left": 64, "left_root": 64}
     ((_, plan),) = optimizer._plans.values()
-    assert [b.factor.untyped_storage().data_ptr() for b in plan.buckets] == [optimizer.state[w]["left"].untyped_storage().data_ptr()]  # fmt: skip
+    shared = optimizer.state[w]["left"].untyped_storage().data_ptr()
+    assert [b.factor.untyped_storage().data_ptr() for b in plan.buckets] == [shared]
 
 
 def test_copies_go_on_alone():

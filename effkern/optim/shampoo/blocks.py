@@ -28,7 +28,7 @@ def is_matrix(shape: tuple[int, ...]) -> bool:
 
 
 def memory_order(parameter: Tensor) -> tuple[int, ...]:
-    """Its dimensions after the first as they lie in memory, so that a channels-last weight is a matrix without a copy."""
+    """Its dimensions, those after the first as they lie in memory: channels-last is a matrix without a copy."""
     rest = sorted(range(1, parameter.dim()), key=lambda d: (-parameter.stride(d), d))
     return (0, *rest)
 
@@ -39,7 +39,7 @@ def as_matrix(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
 
 
 def cuts(size: int, limit: int, split: bool) -> list[tuple[int, int]]:
-    """(start, length) of pieces of at most `limit`: as few as possible, all equal but the last, which may be shorter."""
+    """(start, length) of pieces of at most `limit`: as few as possible, all equal but for a shorter last one."""
     if not split or size <= limit:
         return [(0, size)]
     count = -(-size // limit)

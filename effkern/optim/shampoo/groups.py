@@ -1,13 +1,16 @@
 """Which parameters of a model go where, by a rule that is written down, and what became of them."""
 
 from collections.abc import Iterable
+from math import prod
 from typing import Any
 
 from torch import nn
 
 from effkern.optim.shampoo import blocks
+from effkern.optim.shampoo.optimizer import Shampoo
 from effkern.optim.shampoo.options import exponents_of, sides_of
-from effkern.optim.shampoo.optimizer import Shampoo, state_bytes
+from effkern.optim.shampoo.state import expected_shapes, wide
+from effkern.optim.shampoo.step import state_keys
 
 
 def parameter_groups(
@@ -70,12 +73,25 @@ def describe(optimizer: Shampoo) -> str:
         for name, p in zip(names, group["params"]):
             kinds.setdefault(_kind(optimizer, group, tuple(p.shape), p), []).append(name)
         for kind, members in kinds.items():
-            shown = ", ".join(members[:3]) + (f", .. {members[-1]}" if len(members) > 3 else "")
+            shown = members[0] + (f" .. {members[-1]}" if len(members) > 1 else "")
             lines.append(f"  {kind}: {len(members)} ({shown})")
-    made = state_bytes(optimizer)
-    if made:
-        lines.append(f"state: {made / 2**20:.1f} MiB")
+    lines.append(f"state: {planned_bytes(optimizer) / 2**20:.2f} MiB")
     return "\n".join(lines)
+
+
+def planned_bytes(optimizer: Shampoo) -> int:
+    """Bytes of state once every parameter has stepped, of whole parameters."""
+    total = 0
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            total += 4
+            if not optimizer.uses_shampoo(group, p):
+                total += 2 * p.numel() * p.element_size()
+                continue
+            size = wide(p.dtype).itemsize
+            total += len(state_keys(group)) * p.numel() * size
+            total += sum(prod(shape) for shape in expected_shapes(group, p).values()) * size
+    return total
 
 
 def _kind(optimizer: Shampoo, group: dict[str, Any], shape: tuple[int, ...], parameter: Any) -> str:

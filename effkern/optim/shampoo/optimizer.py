@@ -12,7 +12,6 @@ from effkern.optim.shampoo.adamw import adamw_
 from effkern.optim.shampoo.blocks import is_matrix
 from effkern.optim.shampoo.failures import Watch
 from effkern.optim.shampoo.options import Frequency, check_group, check_parameter
-from effkern.optim.shampoo.sharded import local
 from effkern.optim.shampoo.state import Plan, build, expected_shapes, make_entry
 
 # Options that decide which factors there are: they are fixed once a group has stepped.
@@ -202,7 +201,7 @@ class Shampoo(torch.optim.Optimizer):
             return
         shapes = {key: tuple(parameter.shape) for key in ("momentum", "second_moment", "exp_avg", "exp_avg_sq")}
         if self.uses_shampoo(group, parameter):
-            expected = expected_shapes(group, parameter, name)
+            expected = expected_shapes(group, parameter)
             shapes |= expected
             missing = sorted(expected.keys() - state.keys())
             if missing:
@@ -215,13 +214,3 @@ class Shampoo(torch.optim.Optimizer):
                 )
             if key not in shapes and key != "step":
                 raise ValueError(f"Shampoo: state of {name} must hold {sorted([*shapes, 'step'])}, got also {key!r}")
-
-
-def state_bytes(optimizer: Shampoo) -> int:
-    """Bytes of state on this process."""
-    return sum(
-        local(v).numel() * v.element_size()
-        for s in optimizer.state.values()
-        for v in s.values()
-        if isinstance(v, Tensor)
-    )

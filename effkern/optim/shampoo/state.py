@@ -1,4 +1,4 @@
-"""Where the factors live: one stack of same-size factors for many parameters, of which each parameter's state is a view.
+"""Where the factors live: one stack of same-size factors for many parameters; the state of each is a view of it.
 
 A family is a set of blocks of one shape with the same sides: one call for their Gram products and one for their update.
 A bucket stacks the factors of one size and exponent, of whatever families: one call for all their roots.
@@ -179,7 +179,7 @@ def _bind(family: Family) -> None:
                 entry.state[key] = view
 
 
-def expected_shapes(group: dict[str, Any], parameter: Tensor, name: str) -> dict[str, tuple[int, ...]]:
+def expected_shapes(group: dict[str, Any], parameter: Tensor) -> dict[str, tuple[int, ...]]:
     """Keys and shapes of the factors in the state of one parameter."""
     rows, cols = blocks.matrix_shape(tuple(parameter.shape))
     left, right = sides_of(group["side"], rows, cols)

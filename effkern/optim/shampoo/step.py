@@ -14,7 +14,6 @@ from effkern.optim.shampoo.options import last_root_step, root_is_due
 from effkern.optim.shampoo.state import Bucket, Entry, Family, Plan, slot, wide
 from effkern.optim.shampoo.update import update_
 
-
 WEIGHT = "weight"
 
 
@@ -210,7 +209,7 @@ def update(work: Work) -> None:
             _update(work, s, lambda e, key: e.parameter.detach() if key == WEIGHT else e.state[key])
 
 
-def _keys(group: dict[str, Any]) -> list[str]:
+def state_keys(group: dict[str, Any]) -> list[str]:
     """State of a parameter's shape."""
     return ["momentum"] * (group["betas"][0] > 0) + ["second_moment"] * (group["grafting"] in SECOND_MOMENT)
 
@@ -221,7 +220,7 @@ def _update_gathered(work: Work, s: Segment) -> None:
     assert layout is not None
     full: dict[tuple[Entry, str], tuple[Tensor, Tensor]] = {}
     for e in dict.fromkeys(s.family.owners[s.first : s.last]):
-        for key in (WEIGHT, *_keys(work.group)):
+        for key in (WEIGHT, *state_keys(work.group)):
             own = e.parameter.detach() if key == WEIGHT else slot(e, key, wide(e.parameter.dtype))
             full[e, key] = own, sharded.whole(own).clone()
     _update(work, s, lambda e, key: full[e, key][1])
@@ -233,7 +232,7 @@ def _update(work: Work, s: Segment, tensor: Callable[[Entry, str], Tensor]) -> N
     """`tensor` gives weight or state of a parameter, local or whole."""
     group, family = work.group, s.family
     stacks: dict[str, list[Tensor]] = {}
-    for key in (WEIGHT, *_keys(group)):
+    for key in (WEIGHT, *state_keys(group)):
         if key != WEIGHT and not family.gathered:
             for e in dict.fromkeys(family.owners[s.first : s.last]):
                 slot(e, key, wide(e.parameter.dtype))
@@ -247,7 +246,8 @@ def _update(work: Work, s: Segment, tensor: Callable[[Entry, str], Tensor]) -> N
     update_(
         group, stacks[WEIGHT], grads, stacks.get("momentum"), stacks.get("second_moment"),
         (_factors(s, 0, "root"), _factors(s, 1, "root")) if begun else (None, None),
-        (bad[:2] > 0).any(dim=0), s.step, _direction_scale(group, s), (family.m, family.n), lambda t: sharded.add_up(t, family.layout),
+        (bad[:2] > 0).any(dim=0), s.step, _direction_scale(group, s), (family.m, family.n),
+        lambda t: sharded.add_up(t, family.layout),
     )  # fmt: skip
 
 
