@@ -1,8 +1,8 @@
 """Partial fractions for x^exponent: poles of Zolotarev's approximation of x^(-1/2), weights for any exponent.
 
 sum_k w_k / (x + t_k) on [delta, 1] has, for x^(-1/2), the smallest possible largest relative error with the poles
-t_k = delta sc^2((2k - 1) K / (2N), m), m = 1 - delta: K the complete elliptic integral, sc = sn / cn. The error falls by
-exp(-2 pi^2 / (log(1 / delta) + 3)) per pole (Hale, Higham, Trefethen 2008).
+t_k = delta sc^2((2k - 1) K / (2N), m), m = 1 - delta: K the complete elliptic integral, sc = sn / cn. The error falls
+by exp(-2 pi^2 / (log(1 / delta) + 3)) per pole (Hale, Higham, Trefethen 2008).
 """
 
 import math
@@ -10,10 +10,16 @@ from functools import cache
 
 import torch
 
-# Largest relative error of a root's eigenvalues. Poles cost the same each: at a ridge of 1e-6 there are 7 and at 1e-4 6.
-TOLERANCE = 1.2e-3
 MOST_TERMS = 24
 POINTS = 1200
+
+
+def tolerance(ridge: float) -> float:
+    """Largest relative error of a root's eigenvalues: below what a float32 eigh loses, eps / ridge and more.
+
+    That gives 8 poles at a ridge of 1e-6 and 6 at 1e-4 and 1e-2.
+    """
+    return min(5e-4, 2.5e-8 / ridge)
 
 
 @cache
@@ -26,7 +32,7 @@ def terms(exponent: float, ridge: float) -> tuple[tuple[float, ...], tuple[float
     for count in range(2, MOST_TERMS + 1):
         poles = _poles(count, delta)
         weights, error = _weights(poles, delta, exponent)
-        if error <= TOLERANCE:
+        if error <= tolerance(ridge):
             break
     return tuple(poles), tuple(weights)
 

@@ -21,7 +21,7 @@ class InverseRoot(NamedTuple):
 
     root: Tensor
     residual: Tensor
-    """|X^p A X^0 v - v| / |v| for a fixed v, [B] float32; 0 where the exponent is not -1/p with p <= 8."""
+    """|X^p A v - v| / |v| for a fixed v, [B] float32; 0 where the exponent is not -1/p with p <= 8, or A = 0."""
     status: Tensor
     """int32 [B]: COMPUTED, FELL_BACK (to eigh), ZERO (A = 0) or FAILED."""
 
@@ -42,10 +42,10 @@ def inverse_root(
     """X_b = (scale (max(A_b, 0) + ridge lambda_max(A_b) I))^exponent, on the eigenvalues, for every block b.
 
     Methods, each of a fixed number of steps:
-      eigh            any exponent. Eigenvalues clamped at 0, then the ridge. float32 LAPACK, again in float64 if it fails.
-      rational        any exponent in (-1, 0). sum_k w_k (A + (ridge + t_k) lambda_max I)^-1, the poles of Zolotarev's
-                      best approximation of x^(-1/2) on [ridge, 1] and weights for x^exponent; Cholesky inverses. What it
-                      truncates is below 1e-3 of each eigenvalue's root.
+      eigh            any exponent. Eigenvalues clamped at 0, then the ridge. float32 LAPACK; if it fails, float64.
+      rational        any exponent in (-1, 0). sum_k w_k (A + (ridge + t_k) lambda_max I)^-1 by Cholesky factors: the
+                      poles of Zolotarev's best approximation of x^(-1/2) on [ridge, 1], weights for x^exponent. It
+                      truncates less than a float32 eigh rounds: rational.tolerance.
       polar_express   -1/2 and -1/4. Coupled (Y, Z) quintic steps, arXiv 2505.16932.
       gram_ns         -1/2. The same polynomials on R alone; needs float32-class products.
       coupled_newton  -1/p.
@@ -64,7 +64,7 @@ def inverse_root(
         scale: > 0, a factor of A, for example the bias correction 1 / (1 - beta^t).
         pseudo_inverse: eigenvalues up to this part of the largest give 0 instead; needs eigh. None: no.
         residual_bound: > 0.
-        out: like factor_Bpp, where the roots go; None: new memory, in which a failed block is NaN and that of A = 0 is 0.
+        out: like factor_Bpp, where the roots go. None: new memory; NaN for a block that failed, 0 for A = 0.
         failures: int32 [B] or None. Written.
         impl: "auto", "cpp", "triton" (CUDA; the three iterations) or "reference".
 

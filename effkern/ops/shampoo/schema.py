@@ -7,8 +7,8 @@ from effkern.ops import registry
 
 _library = torch.library.Library("effkern", "FRAGMENT")
 
-# What they mean stands in gram.py, root.py and apply.py. `pseudo_inverse`, `norm`: -1 and 0 for none. `fresh`: out is new memory. An
-# absent momentum is an empty list.
+# What they mean stands in gram.py, root.py and apply.py. `pseudo_inverse`, `norm`: -1 and 0 for none. `fresh`: out is new
+# memory. An absent momentum is an empty list.
 _SCHEMAS = {
     "gram_ema_": (
         "(Tensor(a!) factor, Tensor[] grads, bool left, float decay, float weight, Tensor(b!)? failures) -> ()"
@@ -24,6 +24,9 @@ _SCHEMAS = {
         "float norm, Tensor? norms, Tensor(c!)? failures) -> Tensor"
     ),
 }
+
+# Whether the CPU kernels use their own AVX-512 tiles (False: the library's products); returns what was before.
+_library.define("shampoo_tiles(bool wanted) -> bool")
 
 
 def _fake_gram_ema_(factor, grads, left, decay, weight, failures) -> None:
@@ -65,4 +68,4 @@ for _name, _fake in (
         torch.library.register_fake(_op, _fake, lib=_library)
 
 for _name in ("shampoo_gram_ema_", "shampoo_inverse_root", "shampoo_apply_"):
-    registry.register(_name, registry.triton(), registry.reference())
+    registry.register(_name, registry.cpp(), registry.triton(), registry.reference())
