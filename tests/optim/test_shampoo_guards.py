@@ -190,8 +190,12 @@ def test_negative_eigenvalues_are_clamped_before_the_ridge(method):
 
 @pytest.mark.parametrize("scale", [2.0**-40, 2.0**-13, 2.0**20])
 def test_scale_of_the_gradient_does_not_matter(scale):
-    """Loss scaling, batch size, 1 / sqrt(n): the ridge is relative, so that the steps are the same."""
+    """Loss scaling, batch size, 1 / sqrt(n): the ridge is relative, so that the steps are the same.
+
+    Up to 1e-3, to which a root is found; powers of two, which round nothing.
+    """
     a, b = weight(5, 8), weight(5, 8)
+    start = a.detach().clone()
     with torch.no_grad():
         b.copy_(a)
     first, second = OneSidedShampoo([a], lr=0.1), OneSidedShampoo([b], lr=0.1)
@@ -199,8 +203,7 @@ def test_scale_of_the_gradient_does_not_matter(scale):
         grad = torch.randn(5, 8)
         step(first, grad)
         step(second, scale * grad)
-    # Powers of two round nothing.
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert (a - b).norm() <= 1e-3 * (a - start).norm()
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
