@@ -30,10 +30,13 @@ class Update {
   float operator()(const Block& weight, const Block* momentum, const Block& grad, int64_t b) {
     constexpr float kLeft = std::numeric_limits<float>::quiet_NaN();
     double square = 0.0;
-    load(grad, d_.get(), n_);
-    for (int64_t i = 0; i < m_; ++i) square += sum_of_squares(d_.get() + i * n_, n_);
+    for (int64_t i = 0; i < m_; ++i) {
+      W* d = d_.get() + i * n_;
+      load_row(grad, i, 0, n_, d);
+      square += sum_of_squares(d, n_);
+      if (momentum != nullptr) direction(*momentum, i, d);
+    }
     if (!std::isfinite(square)) return kLeft;
-    if (momentum != nullptr) direction(*momentum);
     const W* u = multiply(b);
     square = 0.0;
     for (int64_t i = 0; i < m_; ++i) square += sum_of_squares(u + i * n_, n_);
@@ -53,27 +56,29 @@ class Update {
   }
 
  private:
-  // d_ from G to the momentum, or a step beyond it. The momentum itself is written once the block is known to be finite.
-  void direction(const Block& momentum) {
+  // Row i from G to the momentum, or a step beyond it. The momentum itself is written once the block is known to be
+  // finite.
+  void direction(const Block& momentum, int64_t i, W* d) {
     const W decay = static_cast<W>(options_.momentum_decay), weight = static_cast<W>(options_.momentum_weight);
-    for (int64_t i = 0; i < m_; ++i) {
-      W* d = d_.get() + i * n_;
-      load_row(momentum, i, 0, n_, row_.get());
-      if (options_.nesterov) {
-        combine(weight, d, decay, row_.get(), n_);
-        combine(decay, row_.get(), weight, d, n_);
-      } else {
-        combine(decay, row_.get(), weight, d, n_);
-      }
+    load_row(momentum, i, 0, n_, row_.get());
+    if (options_.nesterov) {
+      combine(weight, d, decay, row_.get(), n_);
+      combine(decay, row_.get(), weight, d, n_);
+    } else {
+      combine(decay, row_.get(), weight, d, n_);
     }
   }
 
   void keep(const Block& momentum, const Block& grad) {
+    if (!options_.nesterov && (left_ == nullptr || right_ == nullptr)) {
+      // D is still there.
+      for (int64_t i = 0; i < m_; ++i) store_row(momentum, i, d_.get() + i * n_);
+      return;
+    }
     const W decay = static_cast<W>(options_.momentum_decay), weight = static_cast<W>(options_.momentum_weight);
+    W* g = (last_ == d_.get() ? u_ : d_).get();
     for (int64_t i = 0; i < m_; ++i) {
       load_row(momentum, i, 0, n_, row_.get());
-      // d_ may have become U.
-      W* g = u_.get() == last_ ? d_.get() : u_.get();
       load_row(grad, i, 0, n_, g);
       combine(weight, g, decay, row_.get(), n_);
       store_row(momentum, i, row_.get());

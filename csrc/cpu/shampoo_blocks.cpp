@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 
 #include "cpu/lapack.h"
@@ -187,6 +188,26 @@ EFFKERN_CLONES void combine(float a, const float* x, float b, float* y, int64_t 
 
 void combine(double a, const double* x, double b, double* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] = a * x[i] + b * y[i];
+}
+
+EFFKERN_CLONES bool scan(const float* x, int64_t n, bool* any) {
+  uint32_t seen = 0, largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t size = static_cast<uint32_t>(float_to_bits(x[i])) & 0x7fffffffu;
+    seen |= size;
+    largest = std::max(largest, size);
+  }
+  *any = *any || seen != 0;
+  return largest < 0x7f800000u;
+}
+
+bool scan(const double* x, int64_t n, bool* any) {
+  bool finite = true;
+  for (int64_t i = 0; i < n; ++i) {
+    finite = finite && std::isfinite(x[i]);
+    *any = *any || x[i] != 0.0;
+  }
+  return finite;
 }
 
 EFFKERN_CLONES float dot(const float* x, const float* y, int64_t n) {

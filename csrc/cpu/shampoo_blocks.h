@@ -63,6 +63,9 @@ double sum_of_squares(const double* x, int64_t n);
 // y = a x + b y
 void combine(float a, const float* x, float b, float* y, int64_t n);
 void combine(double a, const double* x, double b, double* y, int64_t n);
+// Whether all are finite; adds whether one is not zero to `any`.
+bool scan(const float* x, int64_t n, bool* any);
+bool scan(const double* x, int64_t n, bool* any);
 float dot(const float* x, const float* y, int64_t n);
 double dot(const double* x, const double* y, int64_t n);
 

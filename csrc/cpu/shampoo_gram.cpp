@@ -24,7 +24,7 @@ class Gram {
   Gram(int64_t p, int64_t depth)
       : p_(p),
         side_(side_for_tiles(p)),
-        // Panels and the matrix stay in the second-level cache.
+        // All panels stay in the second-level cache. Shorter ones, for the first, were slower.
         step_(std::min<int64_t>(depth, std::clamp<int64_t>((1 << 18) / std::max<int64_t>(1, side_), 64, 512))),
         panels_((side_ + 48) * step_),
         rows_(48 * std::max(step_, side_)),

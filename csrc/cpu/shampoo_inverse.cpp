@@ -29,17 +29,19 @@ EFFKERN_BF16 bool invert_block(float* d) {
     // Also false for NaN.
     if (!(pivot > 0.0f) || !(pivot < INFINITY)) return false;
     const float inverse = 1.0f / std::sqrt(pivot);
-    row[k] = 1.0f;
     __m512 scaled[kWidth];
 #pragma GCC unroll 3
     for (int j = 0; j < kWidth; ++j) {
-      scaled[j] = _mm512_mul_ps(_mm512_loadu_ps(row + j * kLanes), _mm512_set1_ps(inverse));
-      _mm512_storeu_ps(row + j * kLanes, scaled[j]);
+      const __mmask16 here = k / kLanes == j ? static_cast<__mmask16>(1u << (k % kLanes)) : 0;
+      const __m512 product = _mm512_mul_ps(_mm512_loadu_ps(row + j * kLanes), _mm512_set1_ps(inverse));
+      _mm512_storeu_ps(row + j * kLanes, _mm512_mask_mov_ps(product, here, _mm512_set1_ps(inverse)));
+      // Below, S_ik = C_ik sqrt(pivot) has to go and -C_ik inverse to come: both are subtracted. Zeros written one by one
+      // would each hold up the vector that is read next.
+      scaled[j] = _mm512_mask_add_ps(product, here, product, _mm512_set1_ps(inverse));
     }
     for (int i = k + 1; i < kSize; ++i) {
       float* below = d + i * kPanel;
       const __m512 factor = _mm512_set1_ps(below[k] * inverse);
-      below[k] = 0.0f;
 #pragma GCC unroll 3
       for (int j = 0; j < kWidth; ++j)
         _mm512_storeu_ps(below + j * kLanes, _mm512_fnmadd_ps(factor, scaled[j], _mm512_loadu_ps(below + j * kLanes)));
@@ -60,6 +62,8 @@ EFFKERN_BF16 bool invert_diagonal(float* s, int64_t stride, int width, float* d)
   return positive;
 }
 
+// Rows of W at a time: 48 columns of them stay in the first-level cache.
+constexpr int64_t kDepth = 3 * kPanel;
 constexpr int64_t kBlockFloats = int64_t{kPanel} * kPanel;
 
 }  // namespace
@@ -123,24 +127,25 @@ EFFKERN_BF16 bool invert_factor(float* s, int64_t n, int64_t stride, float* pane
 
 EFFKERN_BF16 void add_gram_of_triangle(const float* w, int64_t n, int64_t stride, float weight, float* x,
                                        int64_t x_stride) {
-  for (int64_t j0 = 0; j0 < n; j0 += kPanel)
-    for (int64_t i0 = j0; i0 < n; i0 += kRows) {
-      // Rows of W above a block of columns are zero, or memory that is not W.
-      const int64_t first = i0 / kPanel * kPanel;
-      tile<Store::kAddScaled>({w + first * stride + i0, stride}, {w + first * stride + j0, stride}, n - first,
-                              {x + i0 * x_stride + j0, x_stride, weight}, width_at(j0, n));
-    }
+  for (int64_t k = 0; k < n; k += kDepth) {
+    const int64_t last = std::min(k + kDepth, n);
+    // Rows of W above a block of columns are zero, or memory that is not W.
+    for (int64_t j0 = 0; j0 < last; j0 += kPanel)
+      for (int64_t i0 = j0; i0 < last; i0 += kRows) {
+        const int64_t first = std::max(k, i0 / kPanel * kPanel);
+        tile<Store::kAddScaled>({w + first * stride + i0, stride}, {w + first * stride + j0, stride}, last - first,
+                                {x + i0 * x_stride + j0, x_stride, weight}, width_at(j0, n));
+      }
+  }
 }
 
 EFFKERN_BF16 void add_gram_of_rows(const float* p, int64_t depth, int64_t n, int64_t stride, float weight, float* x,
                                    int64_t x_stride) {
-  // A block of rows that stays in the second-level cache.
-  const int64_t step = std::max<int64_t>(64, (1 << 17) / std::max<int64_t>(1, n));
-  for (int64_t k = 0; k < depth; k += step)
+  for (int64_t k = 0; k < depth; k += kDepth)
     for (int64_t j0 = 0; j0 < n; j0 += kPanel)
       for (int64_t i0 = j0; i0 < n; i0 += kRows)
         tile<Store::kAddScaled>({p + k * stride + i0, stride}, {p + k * stride + j0, stride},
-                                std::min(step, depth - k), {x + i0 * x_stride + j0, x_stride, weight},
+                                std::min(kDepth, depth - k), {x + i0 * x_stride + j0, x_stride, weight},
                                 width_at(j0, n));
 }
 

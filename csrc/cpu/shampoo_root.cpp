@@ -22,6 +22,8 @@ namespace {
 enum Status : int32_t { kComputed, kFellBack, kZero, kFailed };
 enum Method : int64_t { kEigh, kRational };
 constexpr int kLargestRoot = 8;
+// Of the largest eigenvalue: below it the roundings of a float32 eigh, eps / ridge of the root and more, are seen.
+constexpr double kLeastSingleRidge = 1e-5;
 
 struct Options {
   int64_t method;
@@ -86,15 +88,12 @@ class Root {
   // Writes the root of `a` to `out` unless it fails or is zero.
   Status operator()(const W* a, W* out, float* residual) {
     *residual = 0.0f;
-    bool zero = true;
-    for (int64_t i = 0; i < n_; ++i)
-      for (int64_t j = 0; j <= i; ++j) {
-        const W value = a[i * n_ + j];
-        if (!std::isfinite(value)) return kFailed;
-        zero = zero && value == W(0);
-        a_.get()[i * n_ + j] = value;
-      }
-    if (zero) return kZero;
+    bool any = false;
+    for (int64_t i = 0; i < n_; ++i) {
+      if (!scan(a + i * n_, i + 1, &any)) return kFailed;
+      std::copy_n(a + i * n_, i + 1, a_.get() + i * n_);
+    }
+    if (!any) return kZero;
     mirror(a_.get(), n_, n_);
     Status status = kComputed;
     if (options_.method == kRational && rational()) {
@@ -103,13 +102,13 @@ class Root {
       if (*residual <= options_.residual_bound) return write(out, status);
     }
     if (options_.method != kEigh) status = kFellBack;
-    if (eigh<W>()) {
+    if (options_.ridge >= kLeastSingleRidge && eigh<W>()) {
       *residual = check();
       if (*residual <= options_.residual_bound) return write(out, status);
     }
-    if (sizeof(W) < sizeof(double) && eigh<double>()) {
+    if (eigh<double>()) {
       *residual = check();
-      if (std::isfinite(*residual)) return write(out, kFellBack);
+      if (std::isfinite(*residual)) return write(out, options_.ridge >= kLeastSingleRidge ? kFellBack : status);
     }
     *residual = 0.0f;
     return kFailed;
@@ -128,13 +127,13 @@ class Root {
   Status write(W* out, Status status) {
     mirror(x_.get(), n_, side_);
     const W factor = static_cast<W>(std::pow(options_.scale, options_.exponent));
-    for (int64_t i = 0; i < n_; ++i)
-      for (int64_t j = 0; j < n_; ++j) {
-        const W value = factor * x_.get()[i * side_ + j];
-        if (!std::isfinite(value)) return kFailed;
-      }
-    for (int64_t i = 0; i < n_; ++i)
-      for (int64_t j = 0; j < n_; ++j) out[i * n_ + j] = factor * x_.get()[i * side_ + j];
+    bool any = false;
+    for (int64_t i = 0; i < n_; ++i) {
+      W* row = x_.get() + i * side_;
+      combine(W(0), row, factor, row, n_);
+      if (!scan(row, n_, &any)) return kFailed;
+    }
+    for (int64_t i = 0; i < n_; ++i) std::copy_n(x_.get() + i * side_, n_, out + i * n_);
     return status;
   }
 

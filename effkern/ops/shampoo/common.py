@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-POWER_STEPS = 16
-POWER_VECTORS = 4
+LANCZOS_STEPS = 16
+SQUARINGS = 14
 
 
 def count(failures: Tensor | None, ok: Tensor) -> None:
@@ -30,17 +30,36 @@ def signs(p: int, like: Tensor) -> Tensor:
 
 
 def lambda_max(A_Bpp: Tensor) -> Tensor:
-    """Largest eigenvalue, [B]: block power iteration from the signs and the rows of the largest diagonal entries."""
-    batch, p, _ = A_Bpp.shape
-    largest = A_Bpp.diagonal(dim1=1, dim2=2).abs().topk(min(POWER_VECTORS - 1, p), dim=1).indices
-    rows = A_Bpp.gather(1, largest[:, :, None].expand(-1, -1, p))
-    V = torch.cat([rows.mT, signs(p, A_Bpp)[None, :, None].expand(batch, -1, 1)], 2)
+    """Largest eigenvalue, [B]: Lanczos from the signs and the row of the largest diagonal entry, every vector
+    orthogonalised against all before; then powers of the small matrix. No host synchronisation."""
+    p = A_Bpp.shape[1]
     tiny = torch.finfo(A_Bpp.dtype).tiny
-    for _ in range(POWER_STEPS):
-        V = V / V.abs().amax(1, keepdim=True).clamp_min(tiny)
-        V = A_Bpp @ V
-    V = V / V.norm(dim=1, keepdim=True).clamp_min(tiny)
-    return (V * (A_Bpp @ V)).sum(1).amax(1).clamp_min(tiny)
+    diagonal = A_Bpp.diagonal(dim1=1, dim2=2)
+    largest = diagonal.argmax(1)[:, None, None]
+    row = A_Bpp.gather(1, largest.expand(-1, -1, p)).mT / diagonal.amax(1).clamp_min(tiny)[:, None, None]
+    x = row + 0.1 * signs(p, A_Bpp)[:, None]
+    vectors, products = [], []
+    for _ in range(min(LANCZOS_STEPS, p)):
+        # Twice is enough (Parlett).
+        for _ in range(2 if vectors else 0):
+            V = torch.cat(vectors, 2)
+            x = x - V @ (V.mT @ x)
+        x = x / x.norm(dim=1, keepdim=True).clamp_min(tiny)
+        vectors.append(x)
+        products.append(A_Bpp @ x)
+        x = products[-1]
+    V = torch.cat(vectors, 2)
+    T = V.mT @ torch.cat(products, 2)
+    # A space that was closed early leaves vectors of rounding, which A does not favour; T is symmetric otherwise.
+    T = (T + T.mT) / 2
+    power = T
+    for _ in range(SQUARINGS):
+        power = power / power.norm(dim=(1, 2), keepdim=True).clamp_min(tiny)
+        power = power @ power
+    # The column of the largest diagonal entry of a high power is the eigenvector.
+    column = power.gather(2, power.diagonal(dim1=1, dim2=2).argmax(1)[:, None, None].expand(-1, T.shape[1], -1))
+    column = column / column.norm(dim=1, keepdim=True).clamp_min(tiny)
+    return (column * (T @ column)).sum((1, 2)).clamp_min(tiny)
 
 
 def probe_residual(A_Bpp: Tensor, X_Bpp: Tensor, p: int) -> Tensor:

@@ -17,17 +17,25 @@ POINTS = 1200
 def tolerance(ridge: float) -> float:
     """Largest relative error of a root's eigenvalues: below what a float32 eigh loses, eps / ridge and more.
 
-    That gives 8 poles at a ridge of 1e-6 and 6 at 1e-4 and 1e-2.
+    That gives 7 poles at a ridge of 1e-6 and 6 at 1e-4 and 1e-2.
     """
-    return min(5e-4, 2.5e-8 / ridge)
+    return min(1.2e-3, 2.5e-8 / ridge)
 
 
-@cache
 def terms(exponent: float, ridge: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Poles and weights for x in [delta, 1] with delta = ridge / (1 + ridge); the last weight is a constant's.
 
     The constant is 0 for exponents up to -1/2, where it gains nothing.
     """
+    return _terms(exponent, ridge)
+
+
+# A traced call takes the numbers as they stand (see registry.choose).
+terms._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _terms(exponent: float, ridge: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
     delta = ridge / (1.0 + ridge)
     for count in range(2, MOST_TERMS + 1):
         poles = _poles(count, delta)
@@ -85,7 +93,3 @@ def _weights(poles: list[float], delta: float, exponent: float) -> tuple[list[fl
         importance = importance / importance.mean()
     weights = found.tolist()
     return weights if exponent > -0.5 else [*weights, 0.0], best
-
-
-# A traced call takes the numbers as they stand (see registry.choose).
-terms._dynamo_marked_constant = True  # type: ignore[attr-defined]

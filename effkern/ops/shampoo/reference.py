@@ -12,6 +12,8 @@ from effkern.ops.shampoo.methods import METHODS, root_of
 
 # As in root.py.
 COMPUTED, FELL_BACK, ZERO, FAILED = 0, 1, 2, 3
+# Of the largest eigenvalue: below it the roundings of a float32 eigh are seen.
+LEAST_SINGLE_RIDGE = 1e-5
 
 
 def gram_ema_(
@@ -71,12 +73,13 @@ def inverse_root_(
 
 def _eigh_root(A: Tensor, exponent: float, ridge: float, pseudo_inverse: float) -> Tensor:
     """Q f(lambda) Q^T with f = (max(lambda, 0) + ridge lambda_max)^exponent, from A's lower triangle."""
-    lam, Q = torch.linalg.eigh(A, UPLO="L")
+    dtype = A.dtype
+    lam, Q = torch.linalg.eigh(A.double() if ridge < LEAST_SINGLE_RIDGE else A, UPLO="L")
     lam, top = lam.clamp_min(0.0), lam[:, -1:].clamp_min(0.0)
-    f = (lam + ridge * top).clamp_min(torch.finfo(A.dtype).tiny) ** exponent
+    f = (lam + ridge * top).clamp_min(torch.finfo(dtype).tiny) ** exponent
     if pseudo_inverse >= 0.0:
         f = torch.where(lam <= pseudo_inverse * top, 0.0, f)
-    return (Q * f[:, None, :]) @ Q.mT
+    return ((Q * f[:, None, :]) @ Q.mT).to(dtype)
 
 
 def _rational_root(

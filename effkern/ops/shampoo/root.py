@@ -42,7 +42,8 @@ def inverse_root(
     """X_b = (scale (max(A_b, 0) + ridge lambda_max(A_b) I))^exponent, on the eigenvalues, for every block b.
 
     Methods, each of a fixed number of steps:
-      eigh            any exponent. Eigenvalues clamped at 0, then the ridge. float32 LAPACK; if it fails, float64.
+      eigh            any exponent. Eigenvalues clamped at 0, then the ridge. float32 matrices in float32 LAPACK, in
+                      float64 if that fails or the ridge is below 1e-5, where its roundings would be seen.
       rational        any exponent in (-1, 0). sum_k w_k (A + (ridge + t_k) lambda_max I)^-1 by Cholesky factors: the
                       poles of Zolotarev's best approximation of x^(-1/2) on [ridge, 1], weights for x^exponent. It
                       truncates less than a float32 eigh rounds: rational.tolerance.
@@ -144,7 +145,7 @@ def matrix_inverse_root(
             strides. Only the lower triangle counts. Gets no gradient.
         p: > 0; 2 gives the inverse square root.
         ridge: >= 0, of the largest eigenvalue.
-        method, impl: as in inverse_root.
+        method, impl: as in inverse_root; "auto" on the CPU is eigh, which keeps the most digits of any spectrum.
 
     Returns:
         The roots, like matrix; NaN for a matrix that is not finite, 0 for A = 0.
@@ -163,5 +164,7 @@ def matrix_inverse_root(
     wide = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32)).contiguous()
     side = matrix.shape[-1]
     batch = wide.reshape(-1, side, side) if wide.numel() else wide.new_empty(0, side, side)
+    if method == "auto" and wide.device.type == "cpu":
+        method = "eigh"
     found = inverse_root(batch, exponent=-1.0 / p, ridge=ridge, method=method, impl=impl)
     return found.root.reshape(matrix.shape).to(matrix.dtype)

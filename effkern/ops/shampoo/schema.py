@@ -7,8 +7,8 @@ from effkern.ops import registry
 
 _library = torch.library.Library("effkern", "FRAGMENT")
 
-# What they mean stands in gram.py, root.py and apply.py. `pseudo_inverse`, `norm`: -1 and 0 for none. `fresh`: out is new
-# memory. An absent momentum is an empty list.
+# What they mean stands in gram.py, root.py and apply.py. `pseudo_inverse`, `norm`: -1 and 0 for none. `fresh`: out is
+# new memory. An absent momentum is an empty list.
 _SCHEMAS = {
     "gram_ema_": (
         "(Tensor(a!) factor, Tensor[] grads, bool left, float decay, float weight, Tensor(b!)? failures) -> ()"
