@@ -2,18 +2,16 @@
 
     python -m benchmarks.shampoo_step [--rounds 7] [--json] [--out FILE.json]
 
-Parameters: per layer four width x width, one width x 4 width, one 4 width x width; an embedding, which every method gives
-to fused AdamW. Gradients are random and do not change. All variants run in turn; medians.
+Parameters: per layer four width x width, one width x 4 width, one 4 width x width; an embedding, which every method
+gives to fused AdamW. Gradients are random and do not change. All variants run in turn; medians.
 
-Floor: what no one-sided Shampoo with exact roots can leave out, each part alone in bare calls, one whole matrix per core:
-half of each Gram product (the op's, as no BLAS of torch has it), LAPACK's eigh with Q f(lambda) Q^T (the op's
-method "eigh"), and the products of roots and momenta (torch.mm into memory that exists); plus fused AdamW of the
-embedding. `floor / 10`: the same with a tenth of the eigh. State in bytes; `peak` is what one step takes beside it, in a
-process of its own.
+Floor: the parts of a one-sided Shampoo by eigendecompositions, each alone in bare calls, one whole matrix per core: half
+of each Gram product (the op's, as no BLAS of torch has it), LAPACK's eigh with Q f(lambda) Q^T (the op's method "eigh"),
+and the products of roots and momenta (torch.mm into memory that exists); plus fused AdamW of the embedding. `floor / 10`:
+the same with a tenth of the eigh. `peak` is what one step takes beside its state, in a process of its own.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -5,9 +5,9 @@
 f(X) = <H, (X - X*)(X - X*)^T>, X and H dim x dim, X_0 = 0, entries of X* from N(0, 1/dim), float64, exact gradients
 2 H (X - X*). Ten eigenvalues of H are 1, the others 1 / (i - 10)^2; H is diagonal, or turned by a random rotation. Each
 method runs with every learning rate 2^-10 .. 2^6, for sums and for moving averages (beta 0.95) of its statistics; the
-table holds the least f(X_T) / f(X_0), `0` where it is rounding. One-sided Shampoo runs as the paper's algorithm (eps 1e-8
-inside of the root) and as effkern.optim.Shampoo (ridge 1e-8 of the largest eigenvalue), the two-sided one as the latter.
-Source: arXiv 2503.10537, section 5; its sizes are dim 1000 and 100 steps, its code is not public. Same seed, same table.
+table holds the least f(X_T) / f(X_0), `0` where it is rounding. One-sided Shampoo runs as the paper's algorithm (eps
+1e-8 inside of the root) and as effkern.optim.Shampoo (ridge 1e-8 of the largest eigenvalue), the two-sided one as the
+latter. Source: the experiment of arXiv 2503.10537, whose code is not public; its sizes are not confirmed.
 """
 
 import argparse

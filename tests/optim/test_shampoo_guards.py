@@ -174,8 +174,8 @@ def test_factors_stay_symmetric(impl):
 
 @pytest.mark.parametrize("method", ["auto", "eigh"])
 def test_negative_eigenvalues_are_clamped_before_the_ridge(method):
-    """A factor with an eigenvalue of -1e-3 of the largest, whatever made it so: no failure, and no eigenvalue of the root
-    above what the ridge of 1e-4 allows."""
+    """A factor with an eigenvalue of -1e-3 of the largest, whatever made it so: no failure, and no eigenvalue of the
+    root above what the ridge of 1e-4 allows."""
     w = weight(4, 6)
     optimizer = Shampoo([w], betas=(0.9, 0.9999999), ridge=1e-4, max_failures=1, root_method=method)
     step(optimizer, torch.randn(4, 6))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from effkern.optim.shampoo import blocks
 from effkern.optim.shampoo.options import exponents_of, sides_of
-from effkern.optim.shampoo.sharded import Layout, layout_of, local, same_device_zeros
+from effkern.optim.shampoo.sharded import Layout, is_sharded, layout_of, local, same_device_zeros
 
 
 @dataclass(eq=False)
@@ -27,6 +27,8 @@ class Entry:
     left: bool
     right: bool
     layout: Layout | None
+    sharded: bool
+    """Whether it is a DTensor, whole or in parts."""
     step: int = 0
     """The number in state["step"], where no device is asked."""
 
@@ -112,7 +114,8 @@ def make_entry(group: dict[str, Any], parameter: Tensor, name: str, state: dict[
                 f"Shampoo: {name} must lie in memory so that it is a matrix of its first dimension by the others, got "
                 f"shape {tuple(own.shape)} with strides {own.stride()}"
             ) from None
-    entry = Entry(name, parameter, state, order, shape, left, right, layout_of(parameter, name, left, right))
+    layout = layout_of(parameter, name, left, right)
+    entry = Entry(name, parameter, state, order, shape, left, right, layout, is_sharded(parameter))
     entry.step = int(state.setdefault("step", torch.zeros((), dtype=torch.float32)))
     return entry
 

@@ -69,7 +69,9 @@ def _take(s: Segment, of: Callable[[Entry], Tensor], *, gathered: bool = False) 
     for entry, cut in zip(s.family.owners[s.first : s.last], s.family.cuts[s.first : s.last]):
         if entry is not owner:
             own = of(entry)
-            owner, matrix = entry, blocks.as_matrix(sharded.whole(own) if gathered else sharded.local(own), entry.order)
+            if entry.sharded:
+                own = sharded.whole(own) if gathered else sharded.local(own)
+            owner, matrix = entry, blocks.as_matrix(own, entry.order)
         assert matrix is not None
         found.append(blocks.take(matrix, cut))
     return found
