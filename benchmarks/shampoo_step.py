@@ -5,10 +5,10 @@
 Parameters: per layer four width x width, one width x 4 width, one 4 width x width; an embedding, which every method
 gives to fused AdamW. Gradients are random and do not change. All variants run in turn; medians.
 
-Floor: the parts of a one-sided Shampoo by eigendecompositions, each alone in bare calls, one whole matrix per core: half
-of each Gram product (the op's, as no BLAS of torch has it), LAPACK's eigh with Q f(lambda) Q^T (the op's method "eigh"),
-and the products of roots and momenta (torch.mm into memory that exists); plus fused AdamW of the embedding. `floor / 10`:
-the same with a tenth of the eigh. `peak` is what one step takes beside its state, in a process of its own.
+Floor: the parts of a one-sided Shampoo by eigendecompositions, each alone in bare calls, one whole matrix per core:
+half of each Gram product (the op's, as no BLAS of torch has it), LAPACK's eigh with Q f(lambda) Q^T (the op's method
+"eigh"), and the products of roots and momenta (torch.mm into memory that exists); plus fused AdamW of the embedding.
+`floor / 10`: the same with a tenth of the eigh. `peak`: what one step takes beside its state, in its own process.
 """
 
 import argparse
@@ -70,7 +70,7 @@ class Plain(torch.optim.Optimizer):
         super().__init__(params, {"lr": 1e-4})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         params = self.param_groups[0]["params"]
         for p in params:
             state = self.state[p]
@@ -98,9 +98,9 @@ def variants(a: argparse.Namespace) -> tuple[dict[str, Step], dict[str, dict[str
         held = sum(v.numel() * v.element_size() for o in optimizers for s in o.state.values() for v in s.values())
         extra[name] = {"state_mib": held / 2**20}
 
-    for name, options in (("AdamW foreach", {"foreach": True}), ("AdamW fused", {"fused": True})):
+    for name, fused in (("AdamW foreach", False), ("AdamW fused", True)):
         matrices, table = parameters(a)
-        adamw = torch.optim.AdamW([*matrices, table], lr=1e-4, **options)
+        adamw = torch.optim.AdamW([*matrices, table], lr=1e-4, foreach=not fused, fused=fused)
         add(name, adamw.step, [adamw])
     for name in ("torch Muon", "plain, batched torch.linalg.eigh"):
         matrices, table = parameters(a)

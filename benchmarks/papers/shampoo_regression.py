@@ -73,7 +73,7 @@ def structured(name: str) -> Maker:
 def ours(side: str) -> Maker:
     def make(x: nn.Parameter, lr: float, kind: str) -> torch.optim.Optimizer:
         return Shampoo(
-            [x], lr, (0.0, BETA), side=side, accumulation=kind, bias_correction=False, grafting="none",  # type: ignore[arg-type]
+            [x], lr, (0.0, BETA), side=side, accumulation=kind, bias_correction=False, grafting="none",
             ridge=EPS, root_method="eigh",
         )  # fmt: skip
 

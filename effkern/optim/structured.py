@@ -159,7 +159,7 @@ class Structured(torch.optim.Optimizer):
                 raise ValueError(f"Structured: parameters must be matrices for {structure!r}, got {tuple(p.shape)}")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of all parameters that have a gradient."""
         loss = None
         if closure is not None:

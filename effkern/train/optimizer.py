@@ -105,6 +105,8 @@ def planned(config: TrainConfig) -> tuple[list[str], int]:
         optimizer = build_optimizer(model, config.optimizer)
     if config.optimizer.name == "adamw":
         return parameter_report(model, optimizer), 8 * sum(p.numel() for p in model.parameters())
+    from effkern.optim.shampoo import Shampoo
     from effkern.optim.shampoo.groups import planned_bytes
 
+    assert isinstance(optimizer, Shampoo)
     return parameter_report(model, optimizer), planned_bytes(optimizer)

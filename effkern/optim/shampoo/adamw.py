@@ -21,15 +21,21 @@ def adamw_(group: dict[str, Any], parameters: list[tuple[Tensor, dict[str, Any]]
         if "exp_avg" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
             state["exp_avg"], state["exp_avg_sq"] = (same_device_zeros(p, p.dtype) for _ in range(2))
-    lists = [
+    beta1, beta2 = group["betas"]
+    adamw(
         [local(p.detach()) for p, _ in live],
         [local(p.grad) for p, _ in live if p.grad is not None],
         [local(state["exp_avg"]) for _, state in live],
         [local(state["exp_avg_sq"]) for _, state in live],
-    ]
-    beta1, beta2 = group["betas"]
-    adamw(
-        *lists, [], [state["step"] for _, state in live],
-        foreach=not fused, fused=fused, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
-        weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
-    )  # fmt: skip
+        [],
+        [state["step"] for _, state in live],
+        foreach=not fused,
+        fused=fused,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )

@@ -29,7 +29,8 @@ def is_matrix(shape: tuple[int, ...]) -> bool:
 
 def memory_order(parameter: Tensor) -> tuple[int, ...]:
     """Its dimensions, those after the first as they lie in memory: channels-last is a matrix without a copy."""
-    rest = sorted(range(1, parameter.dim()), key=lambda d: (-parameter.stride(d), d))
+    strides = parameter.stride()
+    rest = sorted(range(1, parameter.dim()), key=lambda d: (-strides[d], d))
     return (0, *rest)
 
 

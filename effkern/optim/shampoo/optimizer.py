@@ -19,7 +19,65 @@ _FIXED = ("side", "exponents", "accumulation", "block_size", "rule")
 
 
 class Shampoo(torch.optim.Optimizer):
-    """DOCSTRING"""
+    """Shampoo with free sides and exponents; what is no matrix is stepped by AdamW.
+
+    For every block G [m, n] of the gradient, with M and the factors zero at the start:
+
+        L <- beta2 L + (1 - beta2) G G^T        R <- beta2 R + (1 - beta2) G^T G        on the sides in use
+        M <- beta1 M + (1 - beta1) G
+        U = c (L + ridge lambda_max(L) I)^-a M (R + ridge lambda_max(R) I)^-b
+        W <- (1 - lr weight_decay) W - lr g U
+
+    c is the bias correction of M, L and R, g the grafting factor (grafting.py). Negative eigenvalues are clamped at 0
+    before the ridge is added. A block without a root yet moves along M.
+
+    A convolution [o, i, ..] is a matrix o x (i ..). Matrices are cut into blocks of at most block_size along the sides
+    in use, each with factors and grafting of its own; a side not in use is not cut. Blocks of one shape of all
+    parameters of a group share their calls.
+
+    Args:
+        params: parameters, named parameters, or groups with options of their own; float32/bfloat16/float16/float64.
+        lr: >= 0, a number or a tensor of one number.
+        betas: of M (0: no momentum is kept) and of L and R; both also AdamW's.
+        side: "auto" (the smaller one, left where they are equal), "left", "right" or "both".
+        exponents: (a, b), or one number for the sides in use. None: 1/2 on one side, 1/4 on both, 1/2 on both with
+            "kl". Other sums than that are allowed, with a warning.
+        accumulation: "ema" as above; "sum" L + G G^T; "weighted" beta2 L + G G^T; "kl" (both sides) G R^-1 G^T / n and
+            G^T L^-1 G / m in place of G G^T and G^T G, with the roots of the step before (KL-Shampoo; exact for
+            exponents 1/2).
+        bias_correction: of M, and of L and R under "ema" and "kl".
+        weight_decay: decoupled, >= 0.
+        grafting: "none", "rms" (the root mean square of g U is graft_scale), "sgd", "adagrad", "rmsprop", "adam".
+        ridge: >= 0, relative to the largest eigenvalue of the factor.
+        pseudo_inverse: eigenvalues up to this part of the largest are left out instead; None: none is.
+        block_size: >= 1.
+        precondition_frequency: steps between two roots, or a schedule ((1, f1), (step2, f2), ..): f2 from step2 on.
+            Roots are taken at start_step and at multiples of the frequency.
+        start_step: before it the grafted method alone steps, while the factors gather.
+        rule: "auto" gives Shampoo what has two rows and two columns at least and AdamW the rest; "shampoo" refuses the
+            rest; "adamw" gives everything to AdamW.
+        root_method: of effkern.ops.shampoo.inverse_root.
+        eps: of AdamW and of grafting.
+        max_failures, check_every: below.
+        root_group: a group of processes that hold the same factors (torch.distributed.group.WORLD under DDP): each
+            takes its share of the roots and they are gathered. None: every process takes all.
+        impl: of the ops, "auto", "cpp", "triton" or "reference".
+
+    Failures: a block whose gradient is not finite keeps factor, root, momentum and weight; a root that fails leaves the
+    one before. Either warns once with the parameter's name and raises RuntimeError after max_failures in a row. On the
+    CPU counters are read after each step; on a device every check_every steps, without waiting for it.
+
+    State: momentum (second moment) in float32 and 2 p^2 float32 per block and side; float64 for float64 parameters.
+    Memory beside it: one batch of blocks at most; for sharded parameters see docs/shampoo.md. DTensors may be cut along
+    one mesh dimension by Shard. Deterministic.
+
+    Raises:
+        ValueError: an option breaks a rule, or a weight is no matrix in memory.
+        TypeError: a parameter is complex, integer or sparse.
+
+    Source: Gupta, Koren, Singer 2018 (arXiv 1802.09568); Xie et al. (arXiv 2503.10537); AdamW-style: arXiv 2601.07326;
+    grafting: Anil et al. (arXiv 2002.09018); KL-Shampoo: arXiv 2509.03378. SOAP is not covered.
+    """
 
     def __init__(
         self,
@@ -130,7 +188,7 @@ class Shampoo(torch.optim.Optimizer):
         return plan
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; parameters without gradient stay as they are.
 
         Raises:
