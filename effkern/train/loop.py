@@ -22,7 +22,7 @@ from effkern.train.lock import RunLock
 from effkern.train.log import RunLog, read_log
 from effkern.train.optimizer import build_optimizer
 from effkern.train.progress import Reporter, reporter_for
-from effkern.train.restore import Inputs, RunState, check_same_run, load_teacher, restore, snapshot
+from effkern.train.restore import Inputs, RunState, Stored, check_same_run, load_teacher, restore, snapshot
 from effkern.train.schedules import learning_rate, omega_at, teacher_steps
 from effkern.train.signals import StopRequest
 from effkern.train.step import StepResult, to_device, train_step
@@ -80,15 +80,23 @@ class Trainer:
         self.order = BatchOrder(
             self.dataset, seq_len=config.data.seq_len, batch_size=config.data.batch_size, seed=config.data.seed
         )
-        self.model = Decoder(config.model, seed=config.run.seed, device=self.device)
+        self.model = self._model()
         self.forward = compiled(self.model) if config.run.compile else self.model
-        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.optimizer = self._optimizer()
+        self.stored: Stored = self.model
+        """What a checkpoint holds of the model."""
         self.state = RunState()
         self.teacher: Decoder | None = None
         self.cached: CachedTeacher | None = None
         self.stage_one = teacher_steps(config.schedule)
         self._notes: list[str] = []
         self._saved_step = -1
+
+    def _model(self) -> Decoder:
+        return Decoder(self.config.model, seed=self.config.run.seed, device=self.device)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return build_optimizer(self.model, self.config.optimizer)
 
     def run(self) -> TrainResult:
         """Train from the newest checkpoint, or from step 0, to the last step, a signal, or an error."""
@@ -123,7 +131,7 @@ class Trainer:
             check_same_run(found, self.config, self.inputs)
             stored = found.data["inputs"]
             self.inputs = replace(self.inputs, teacher=stored["teacher"], labels=stored.get("labels", ""))
-            self.state = restore(found, self.model, self.optimizer)
+            self.state = restore(found, self.stored, self.optimizer)
             for path, problem in found.problems.items():
                 self._notes.append(f"skipped and renamed to {set_aside(path).name}: {problem}")
             self._saved_step = found.step
@@ -178,7 +186,7 @@ class Trainer:
         if self.cached is not None and omega > 0:
             with timer.measure("teacher"):
                 labels = self.cached.labels(step)
-        if config.model.loop.init == "noise":
+        if config.model.loop.init == "noise" or config.lora.dropout:
             # The only draws that use the default generators.
             torch.manual_seed(generator_for(config.run.seed, f"step {step}").initial_seed())
         result = train_step(
@@ -217,7 +225,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of the present state."""
-        checkpoint = snapshot(self.model, self.optimizer, self.state, self.config, self.inputs)
+        checkpoint = snapshot(self.stored, self.optimizer, self.state, self.config, self.inputs)
         self._saved_step = self.state.step
         return save_checkpoint(self.out / "checkpoints", checkpoint, self.config.run.keep_last)
 
@@ -296,7 +304,10 @@ def train(config: TrainConfig, *, title: str = "train", quiet: bool = False) -> 
         ValueError, CheckpointError: the config, data, teacher or stored run does not fit; nothing was overwritten.
         TrainingDiverged: run.max_nonfinite steps in a row were not finite.
     """
-    return Trainer(config, title=title, quiet=quiet).run()
+    kind = Trainer
+    if config.lora.rank:
+        from effkern.train.finetune import FineTuner as kind  # type: ignore[assignment]
+    return kind(config, title=title, quiet=quiet).run()
 
 
 __all__ = ["CheckpointError", "TrainResult", "Trainer", "TrainingDiverged", "train"]

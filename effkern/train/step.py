@@ -41,7 +41,7 @@ def to_device(batch: np.ndarray, device: torch.device) -> Tensor:
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
 def train_step(
