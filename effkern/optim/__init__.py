@@ -1,1 +1,5 @@
-"""Optimizers over the ops; none yet."""
+"""Optimizers over the ops."""
+
+from effkern.optim.lora import LoraOptimizer, LoraPair, LoRARite, find_pairs
+
+__all__ = ["LoRARite", "LoraOptimizer", "LoraPair", "find_pairs"]
