@@ -1,5 +1,21 @@
-"""Optimizers over the ops."""
+"""Optimizers over the ops. Each is imported when it is first asked for."""
 
-from effkern.optim.lora import LoraOptimizer, LoraPair, LoRARite, find_pairs
+from importlib import import_module
+from typing import Any
 
-__all__ = ["LoRARite", "LoraOptimizer", "LoraPair", "find_pairs"]
+_HOMES = {
+    "LoRAMuon": "effkern.optim.lora",
+    "LoRARite": "effkern.optim.lora",
+    "LoraOptimizer": "effkern.optim.lora",
+    "LoraPair": "effkern.optim.lora",
+    "ScaledAdam": "effkern.optim.lora",
+    "find_pairs": "effkern.optim.lora",
+}
+
+__all__ = ["LoRAMuon", "LoRARite", "LoraOptimizer", "LoraPair", "ScaledAdam", "find_pairs"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'effkern.optim' has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from effkern.optim.lora.base import LoraOptimizer
 from effkern.optim.lora.pairs import LoraPair, find_pairs
+from effkern.optim.lora.peers import LoRAMuon, ScaledAdam
 from effkern.optim.lora.rite import LoRARite
 
-__all__ = ["LoRARite", "LoraOptimizer", "LoraPair", "find_pairs"]
+__all__ = ["LoRAMuon", "LoRARite", "LoraOptimizer", "LoraPair", "ScaledAdam", "find_pairs"]
