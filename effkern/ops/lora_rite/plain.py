@@ -65,7 +65,7 @@ def precondition_(
     sound = gate.isfinite()
     norm = gate.sqrt()
     clip = torch.where(norm > terms.clip, terms.clip / norm, 1.0) if terms.clip > 0 else torch.ones_like(norm)
-    share = clip * torch.where(traces(grams, rows, terms.skip_rms) == 0, 0.0, 1.0)
+    share = clip * (traces(grams, rows, terms.skip_rms) != 0).double()
     grams = torch.where(sound, grams, 0.0) * share.square()[:, None, None]
     t = (steps + 1).double()
     b1, b2 = _decay(terms.beta1, t), _decay(terms.beta2, t)

@@ -133,12 +133,15 @@ class LoRARite(LoraOptimizer):
             return "plain"
         single = runs.compute_dtype(like) == torch.float32
         reason = None
+        stale = not torch._C._dispatch_has_kernel_for_dispatch_key("effkern::lora_rite_gram", "CPU")
         if rank > runs.MAX_RANK:
             reason = f"rank {rank} is above {runs.MAX_RANK}"
         elif not single:
             reason = "float64 factors have none"
         elif registry.choose(OP, "auto", like.device) in ("plain", "triton") and like.device.type == "cpu":
             reason = "the C++ kernels are missing (effkern doctor says why)"
+        elif like.device.type == "cpu" and stale:
+            reason = "effkern._C was built without lora_rite"
         elif registry.choose(OP, "auto", like.device) == "plain":
             reason = f"no kernel runs on {like.device}"
         if reason is not None and self._fused:
@@ -192,7 +195,7 @@ class LoRARite(LoraOptimizer):
             for number, run in self._runs:
                 stale = runs.stale_masters(run)
                 runs.refresh(run, stale)
-                self._rebuild(run, sorted({*stale, *runs.fresh_factors(run)}), self._options(number))
+                self._rebuild(run, sorted({*stale, *runs.fresh_factors(run, self._impl(run))}), self._options(number))
                 run.seen = runs.versions(run.layouts)
             return self._runs
         for number, run in self._runs:
@@ -287,9 +290,8 @@ class LoRARite(LoraOptimizer):
 
     def _common_impl(self, work: list[Run]) -> str:
         """One implementation for a call: the clip needs all gradients at once."""
-        if self._fused is False or any(run.impl == "plain" for run in work):
-            return "plain"
-        return "auto"
+        chosen = {self._impl(run) for run in work if run.group.factors[0].dtype == torch.float32 or run.impl == "plain"}
+        return "plain" if self._fused is False or "plain" in chosen else "auto"
 
 
 class _Watch:

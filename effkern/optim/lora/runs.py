@@ -166,11 +166,11 @@ def publish(run: Run, factors: Iterable[int]) -> None:
         layout.param.detach().copy_(whole.redistribute(placements=layout.param.placements))  # type: ignore[attr-defined]
 
 
-def fresh_factors(run: Run) -> list[int]:
+def fresh_factors(run: Run, impl: str) -> list[int]:
     """Factors whose stored basis is not that of their present values: before the first step, and after a load of other
     weights. One float64 Gram matrix each, and one host read."""
     group = run.group
-    grams = gram(group.factors, group.wide, impl=run.impl if run.impl == "plain" else "auto")
+    grams = gram(group.factors, group.wide, impl=impl)
     grams = grams if run.sums is None else run.sums(group, grams)
     found = group.whiten.mT @ grams @ group.whiten
     diagonal = found.diagonal(dim1=-2, dim2=-1)
