@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from effkern.models import Decoder
 from effkern.nn.lora import inject_lora, lora_layers, lora_state_dict, merged_state_dict
 from effkern.train.checkpoint import Checkpoint, save_checkpoint
-from effkern.train.config import LoraConfig, OptimizerConfig, TrainConfig
+from effkern.train.config import DataConfig, LoraConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from effkern.train.loop import Trainer, TrainResult
 from effkern.train.restore import load_model
 
@@ -159,22 +159,20 @@ def finetune_config(
     """
     base = load_model(checkpoint)
     before = base.meta["config"]["data"]
-    adapters = LoraConfig(checkpoint=str(checkpoint), rank=rank, alpha=alpha, optimizer=optimizer, **lora)
     if rank < 1:
         raise ValueError(f"lora.rank must be at least 1 to fine-tune, got {rank}")
+    adapters = LoraConfig(checkpoint=str(checkpoint), rank=rank, alpha=alpha, optimizer=optimizer, **lora)
     chosen = DEFAULTS[optimizer]
-    fresh = TrainConfig(model=base.model.config)
-    return replace(
-        fresh,
-        data=replace(
-            fresh.data,
+    return TrainConfig(
+        model=base.model.config,
+        data=DataConfig(
             path=str(data),
             seq_len=seq_len or before["seq_len"],
             batch_size=batch_size or before["batch_size"],
             seed=seed,
         ),
         optimizer=replace(chosen, lr=lr or chosen.lr, warmup_steps=min(chosen.warmup_steps, steps // 5)),
-        schedule=replace(fresh.schedule, steps=steps),
-        run=replace(fresh.run, out=str(out), seed=seed),
+        schedule=ScheduleConfig(steps=steps),
+        run=RunConfig(out=str(out), seed=seed),
         lora=adapters,
     )

@@ -42,7 +42,7 @@ class FinetunePlan:
     """Of the final comparison."""
 
 
-DEFAULT = FinetunePlan({"adamw": (1e-3, 3e-3, 1e-2), "lora_rite": (1e-3, 3e-3, 1e-2)})
+DEFAULT = FinetunePlan({"adamw": (3e-3, 1e-2, 3e-2), "lora_rite": (1e-3, 3e-3, 1e-2)})
 
 
 def run_finetune_demo(

@@ -10,6 +10,7 @@ from torch import Tensor
 from effkern.ops.lora_rite import gram
 from effkern.optim.lora.base import AT_LEAST_0, BETA, POSITIVE, SHARE, LoraOptimizer
 from effkern.optim.lora.layout import Layout, layout_of, mesh_of
+from effkern.optim.lora.runs import no_kernel
 
 
 @dataclass
@@ -27,7 +28,9 @@ class _Batch:
         return [layout.wide for layout in self.layouts]
 
     def grams(self, tensors: list[Tensor], whiten: Tensor | None = None) -> Tensor:
-        return gram([x.contiguous() for x in tensors], self.wide, whiten)
+        rank = self.factors[0].shape[0 if self.wide[0] else 1]
+        impl = "auto" if no_kernel(rank, tensors[0]) is None else "plain"
+        return gram([x.contiguous() for x in tensors], self.wide, whiten, impl=impl)
 
     def times(self, x: Tensor, i: int, small: Tensor) -> Tensor:
         """Tall x_i small, in x's own layout."""
@@ -58,15 +61,17 @@ class _Peer(LoraOptimizer):
         super().add_param_group(param_group)
         for pair in self.pairs(self.param_groups[-1]):
             for factor in (pair.A, pair.B):
-                if factor.dtype not in (torch.float32, torch.float64):
-                    raise TypeError(f"{self._me}: {pair.name} must be float32 or float64, got {factor.dtype}")
+                if factor.dtype not in (torch.float32, torch.float64) or factor.dtype != pair.A.dtype:
+                    raise TypeError(
+                        f"{self._me}: {pair.name} must be float32 or float64, both factors, got {factor.dtype}"
+                    )
                 if mesh_of(factor) is not None:
                     raise NotImplementedError(f"{self._me}: {pair.name} must not be sharded, got a DTensor")
 
     def _batches(self, group: dict[str, Any]) -> list[_Batch]:
         keyed: dict[Any, _Batch] = {}
         for pair in self.active(group):
-            key = (pair.rank, pair.A.device, pair.A.dtype, pair.B.dtype)
+            key = (pair.rank, pair.A.device, pair.A.dtype)
             batch = keyed.setdefault(key, _Batch([], [], [], []))
             for factor, dim, ratio in ((pair.A, pair.rank_dim_A, 1.0), (pair.B, pair.rank_dim_B, group["lr_ratio_B"])):
                 layout = layout_of(pair.name, factor, dim)

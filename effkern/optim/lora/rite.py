@@ -7,9 +7,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from effkern.ops import registry
 from effkern.ops.lora_rite import RiteGroup, RiteOptions, lora_rite_rebuild_, lora_rite_step_
-from effkern.ops.lora_rite.group import OP
 from effkern.ops.lora_rite.reference import RANK_TOLERANCE
 from effkern.ops.lora_rite.subset import put_back, subset
 from effkern.optim.lora import runs
@@ -131,22 +129,10 @@ class LoRARite(LoraOptimizer):
         """The implementation for factors like this one; raises NotImplementedError where fused=True has none."""
         if self._fused is False:
             return "plain"
-        single = runs.compute_dtype(like) == torch.float32
-        reason = None
-        stale = not torch._C._dispatch_has_kernel_for_dispatch_key("effkern::lora_rite_gram", "CPU")
-        if rank > runs.MAX_RANK:
-            reason = f"rank {rank} is above {runs.MAX_RANK}"
-        elif not single:
-            reason = "float64 factors have none"
-        elif registry.choose(OP, "auto", like.device) in ("plain", "triton") and like.device.type == "cpu":
-            reason = "the C++ kernels are missing (effkern doctor says why)"
-        elif like.device.type == "cpu" and stale:
-            reason = "effkern._C was built without lora_rite"
-        elif registry.choose(OP, "auto", like.device) == "plain":
-            reason = f"no kernel runs on {like.device}"
+        reason = runs.no_kernel(rank, like)
         if reason is not None and self._fused:
             raise NotImplementedError(f"LoRARite: fused=True needs a compiled kernel, but {reason}")
-        return "plain" if reason is not None else registry.choose(OP, "auto", like.device)
+        return "plain" if reason is not None else "auto"
 
     @torch.no_grad()
     def rebuild(self, keep_moments: bool = True) -> None:

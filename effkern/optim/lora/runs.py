@@ -7,13 +7,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effkern.ops import registry
 from effkern.ops.lora_rite import RiteGroup, gram
+from effkern.ops.lora_rite.group import MAX_RANK, OP
 from effkern.optim.lora.layout import Layout, RowSums, compute_dtype, layout_of, local_of, mesh_of
 from effkern.optim.lora.pairs import LoraPair
 
 # Entries of a parameter's state that are views of stacked tensors, and their shapes and dtypes for one factor.
 SMALL = ("whiten", "second", "transport", "escaped", "step", "exact")
 _FIELD = {"step": "steps"}
+
+
+def no_kernel(rank: int, like: Tensor) -> str | None:
+    """None if a compiled kernel runs for factors like this one, else why not: then the plain form takes the step."""
+    if rank > MAX_RANK:
+        return f"rank {rank} is above {MAX_RANK}"
+    if compute_dtype(like) != torch.float32:
+        return "float64 factors have none"
+    if like.device.type == "cpu":
+        if registry.choose(OP, "auto", like.device) != "cpp":
+            return "the C++ kernels are missing (effkern doctor says why)"
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"effkern::{OP}_gram", "CPU"):
+            return f"effkern._C was built without {OP}"
+    elif registry.choose(OP, "auto", like.device) == "plain":
+        return f"no kernel runs on {like.device}"
+    return None
 
 
 @dataclass(eq=False)
@@ -37,9 +55,6 @@ class Run:
     def impl(self) -> str:
         """Where the kernels cannot go, the plain form of the same steps."""
         return "plain" if self.group.rank > MAX_RANK or any(x.numel() == 0 for x in self.group.factors) else "auto"
-
-
-MAX_RANK = 128
 
 
 def versions(layouts: Iterable[Layout]) -> list[tuple[int, int]]:
