@@ -55,7 +55,7 @@ def _keep(condition: Tensor, new: Tensor, old: Tensor) -> None:
 
 def precondition_(
     grams: Tensor, all_traces: Tensor, rows: Tensor, lr: Tensor, grad_scale: Tensor | None, whiten: Tensor,
-    second: Tensor, transport: Tensor, escaped: Tensor, steps: Tensor, dtype: torch.dtype, terms: Terms,
+    second: Tensor, transport: Tensor, escaped: Tensor, steps: Tensor, terms: Terms,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """r x r work between both tall passes: (gate, carry, take, apply, shrink) of the update.
 
@@ -97,7 +97,7 @@ def precondition_(
     shrink = 1 - lr * terms.weight_decay
     for new, old in ((values, second), (mass, escaped), (steps + 1, steps), (other(turned), whiten)):
         _keep(sound, new, old)
-    return gate, carry.to(dtype), take.to(dtype), apply.to(dtype), shrink
+    return gate, carry, take, apply, shrink
 
 
 def update_(
@@ -106,18 +106,23 @@ def update_(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """M <- M carry + G take, X <- shrink X - M apply; then y^T y, y^T u and |X|^2 with y, u = X_new W, X_old W.
 
-    Where `exact`, y and u are X_new and X_old, and their products float64.
+    Where `exact`, y and u are X_new and X_old, and all products float64.
     """
     sound = gate.isfinite()
     grams, crosses, sizes = [], [], []
+    eye = torch.eye(whiten.shape[-1], dtype=whiten.dtype, device=whiten.device)
     for i, is_wide in enumerate(wide):
         X, M, G = (tall(x[i], is_wide) for x in (factors, moments, grads))
-        before = X.clone()
-        _keep(sound, M @ carry[i] + G @ take[i], M)
-        _keep(sound, shrink[i].to(X.dtype) * X - M @ apply[i], X)
-        W = torch.where(exact[i] != 0, torch.eye(len(carry[i]), dtype=torch.float64, device=X.device), whiten[i])
-        if X.dtype == torch.float32:
-            W = W.float().double()
+        is_exact, before = exact[i] != 0, X.clone()
+        w = (carry[i], take[i], apply[i], shrink[i])
+        fast, slow = ([x.to(dtype) for x in w] for dtype in (X.dtype, torch.float64))
+        moment = torch.where(is_exact, M.double() @ slow[0] + G.double() @ slow[1], M @ fast[0] + G @ fast[1])
+        _keep(sound, moment.to(M.dtype), M)
+        moved = torch.where(
+            is_exact, slow[3] * X.double() - M.double() @ slow[2], (fast[3] * X - M @ fast[2]).double()
+        )
+        _keep(sound, moved.to(X.dtype), X)
+        W = torch.where(is_exact, eye, whiten[i].to(X.dtype).double())
         y, u = X.double() @ W, before.double() @ W
         grams.append(y.T @ y)
         crosses.append(y.T @ u)

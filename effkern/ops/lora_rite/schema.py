@@ -34,7 +34,7 @@ def _fake_gram(tensors, wide, whiten) -> Tensor:
 
 
 def _fake_precondition(grams, all_traces, rows, lr, grad_scale, *state_and_terms) -> tuple[Tensor, ...]:
-    matrices = (torch.empty_like(grams, dtype=torch.float32) for _ in range(3))
+    matrices = (torch.empty_like(grams) for _ in range(3))
     return (all_traces.new_empty(()), *matrices, torch.empty_like(rows))
 
 

@@ -22,7 +22,7 @@ from effkern.ops.lora_rite.terms import Terms
 
 
 class Update(NamedTuple):
-    """What a factor's update takes; matrices in the factors' dtype, [F, r, r]."""
+    """What a factor's update takes; float64, matrices [F, r, r]."""
 
     gate: Tensor
     """0-d float64: where it is not finite nothing is written."""
@@ -30,7 +30,7 @@ class Update(NamedTuple):
     take: Tensor
     apply: Tensor
     shrink: Tensor
-    """[F] float64."""
+    """[F]."""
 
 
 class Products(NamedTuple):
@@ -91,7 +91,7 @@ def precondition_(
     chosen = choose(impl, like)
     if chosen == "plain":
         return Update(
-            *plain.precondition_(grams, all_traces, group.rows, lr, grad_scale, *state, like.dtype, terms)
+            *plain.precondition_(grams, all_traces, group.rows, lr, grad_scale, *state, terms)
         )  # fmt: skip
     return Update(*torch.ops.effkern.lora_rite_precondition_(
         grams, all_traces, group.rows, lr, grad_scale, *state, list(terms[:7]), list(terms[7:])
