@@ -61,8 +61,8 @@ def finetune(
     """
     from dataclasses import replace
 
+    from effkern.train.finetune import finetune as run
     from effkern.train.finetune import finetune_config
-    from effkern.train.loop import train
 
     config = finetune_config(
         checkpoint,
@@ -95,14 +95,14 @@ def finetune(
             checkpoint_every=checkpoint_every,
         ),
     )
-    result = train(config, title="finetune")
+    result = run(config)
     if result.signum is not None:
         print(f"stopped by signal {result.signum} after step {result.state.step}; saved. The same command goes on.")
         return 128 + result.signum
     first, last = result.evals[0], result.evals[-1]
     print(
-        f"{out}: {optimizer}, rank {rank}, {result.state.tokens:,} tokens, {result.state.wall_s:.0f} s; validation loss "
-        f"{first['loss']:.4f} -> {last['loss']:.4f}, accuracy {100 * last['accuracy']:.2f}%; "
+        f"{out}: {optimizer}, rank {rank}, {result.state.tokens:,} tokens, {result.state.wall_s:.0f} s; validation "
+        f"loss {first['loss']:.4f} -> {last['loss']:.4f}, accuracy {100 * last['accuracy']:.2f}%; "
         f"merged model in {out / 'merged'}"
     )
     return 0

@@ -6,7 +6,7 @@ Adapters of PEFT itself need none of this: effkern.optim finds their factors as 
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -157,13 +157,12 @@ class LoraConv2d(LoraLayer):
         super().__init__(base, rank, alpha, dropout, rslora)
         if base.groups != 1:
             raise ValueError(f"LoraConv2d: base must have groups=1, got {base.groups}")
-        like: dict[str, Any] = {"device": base.weight.device, "dtype": base.weight.dtype, "bias": False}
-        down = nn.Conv2d(
-            base.in_channels, rank, base.kernel_size, base.stride, base.padding, base.dilation,
-            padding_mode=base.padding_mode, **like,
-        )  # type: ignore[arg-type]  # fmt: skip
+        plain: dict[str, Any] = {"device": base.weight.device, "dtype": base.weight.dtype, "bias": False}
+        like = {**plain, "stride": base.stride, "padding": base.padding, "dilation": base.dilation}
+        like["padding_mode"] = base.padding_mode
+        down = nn.Conv2d(base.in_channels, rank, cast(tuple[int, int], base.kernel_size), **like)
         self.lora_A = nn.ModuleDict({ADAPTER: down})
-        self.lora_B = nn.ModuleDict({ADAPTER: nn.Conv2d(rank, base.out_channels, 1, **like)})
+        self.lora_B = nn.ModuleDict({ADAPTER: nn.Conv2d(rank, base.out_channels, 1, **plain)})
         self._start(generator)
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -315,4 +314,3 @@ def load_lora_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
 def _plain(key: str) -> str:
     key = key.replace(f".{ADAPTER}", "")
     return key if key.startswith("base_model.model.") else f"base_model.model.{key}"
-

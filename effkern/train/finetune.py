@@ -68,6 +68,8 @@ class AdapterState:
 class FineTuner(Trainer):
     """A run whose model is a frozen checkpoint with adapters."""
 
+    adapters = True
+
     def __init__(self, config: TrainConfig, *, title: str = "finetune", quiet: bool = False) -> None:
         self.base = load_model(config.lora.checkpoint)
         if self.base.model.config != config.model:
@@ -137,6 +139,11 @@ def save_adapter(model: nn.Module, lora: LoraConfig, folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 
+def finetune(config: TrainConfig, *, title: str = "finetune", quiet: bool = False) -> TrainResult:
+    """Run `config` to its end; resumes what config.run.out holds. Raises what effkern.train.loop.train raises."""
+    return FineTuner(config, title=title, quiet=quiet).run()
+
+
 def finetune_config(
     checkpoint: str | Path,
     data: str | Path,
@@ -152,7 +159,7 @@ def finetune_config(
     seed: int = 0,
     **lora: Any,
 ) -> TrainConfig:
-    """The config of a fine-tuning run: the model's own shape, the optimizer's own defaults; 0 takes what was used before.
+    """The config of a fine-tuning run: the model's shape, the optimizer's defaults; 0 takes what was used before.
 
     Raises:
         ValueError: a value breaks a rule of its section. CheckpointError: there is no intact checkpoint.

@@ -84,8 +84,8 @@ def run_finetune_demo(
 
 
 def _dataset(out: Path, folder: Path, plan: FinetunePlan, seed: int) -> PackedDataset:
-    """Docstrings in the student's tokens. The split is by file and seed as in the demo's corpus: what validates here was
-    never trained on there."""
+    """Docstrings in the student's tokens. The split is by file and seed as in the demo's corpus: what validates here
+    was never trained on there."""
     path = folder / "data"
     tokenizer = out / "salt" / "tokenizer.json"
     try:
@@ -185,10 +185,12 @@ def render(report: Mapping[str, Any]) -> str:
     lines = ["# The demo's student, adapted by LoRA", "", f"- {verdict}"]
     edges = [
         NAMES[name] for name, rate in report["best"].items()
-        if f"{rate:g}" in (list(report["runs"][name])[0], list(report["runs"][name])[-1])
+        if f"{rate:g}" in [list(report["runs"][name])[i] for i in (0, -1)]
     ]  # fmt: skip
     if edges:
-        lines.append(f"- The best rate of {' and '.join(edges)} is at the edge of its grid: a wider one might be better.")
+        lines.append(
+            f"- The best rate of {' and '.join(edges)} is at the edge of its grid: a wider one might be better."
+        )
     lines += [
         "- This is ONE seed: +- is the standard error over validation sequences.",
         "",
@@ -209,7 +211,13 @@ def render(report: Mapping[str, Any]) -> str:
         label = NAMES.get(name, "student before")
         rate = f"{report['best'][name]:g}" if name in report["best"] else "-"
         rows.append(
-            [label, rate, f"{numbers['loss']:.4f}", f"{100 * numbers['accuracy']:.2f}%", f"{numbers['bits_per_byte']:.4f}"]
+            [
+                label,
+                rate,
+                f"{numbers['loss']:.4f}",
+                f"{100 * numbers['accuracy']:.2f}%",
+                f"{numbers['bits_per_byte']:.4f}",
+            ]
         )
     lines += _table(["model", "learning rate", "loss, nats/token", "accuracy", "bits/byte"], rows)
     cpu = {name: sum(run["cpu_s"] for run in runs.values()) for name, runs in report["runs"].items()}
@@ -222,4 +230,3 @@ def render(report: Mapping[str, Any]) -> str:
         + ".",
     ]
     return "\n".join(lines) + "\n"
-

@@ -63,7 +63,15 @@ class TrainResult:
 class Trainer:
     """One run: made from a config, driven by `run`. Tests and the demo hold it; the CLI calls `train`."""
 
+    adapters = False
+    """The model is a checkpoint with adapters."""
+
     def __init__(self, config: TrainConfig, *, title: str = "train", quiet: bool = False) -> None:
+        if bool(config.lora.rank) is not self.adapters:
+            rule = (
+                "at least 1 to fine-tune" if self.adapters else "0 to train a whole model (effkern finetune adapts one)"
+            )
+            raise ValueError(f"lora.rank must be {rule}, got {config.lora.rank}")
         self.config, self.title, self.quiet = config, title, quiet
         self.out = Path(config.run.out)
         set_threads(config.run)
@@ -304,10 +312,7 @@ def train(config: TrainConfig, *, title: str = "train", quiet: bool = False) -> 
         ValueError, CheckpointError: the config, data, teacher or stored run does not fit; nothing was overwritten.
         TrainingDiverged: run.max_nonfinite steps in a row were not finite.
     """
-    kind = Trainer
-    if config.lora.rank:
-        from effkern.train.finetune import FineTuner as kind  # type: ignore[assignment]
-    return kind(config, title=title, quiet=quiet).run()
+    return Trainer(config, title=title, quiet=quiet).run()
 
 
 __all__ = ["CheckpointError", "TrainResult", "Trainer", "TrainingDiverged", "train"]

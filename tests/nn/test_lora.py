@@ -58,7 +58,8 @@ def test_forward_gradients_and_merge_are_those_of_the_dense_weight(kind):
     made.base_layer.weight.data = kept
     torch.testing.assert_close(y, truth)
     y.square().sum().backward()
-    assert A.grad.norm() > 0 and B.grad.norm() > 0
+    assert A.grad.norm() > 0
+    assert B.grad.norm() > 0
     before = made.weight.detach().clone()
     made.merge()
     made.merge()
@@ -76,7 +77,10 @@ def net():
 
 def test_inject_freezes_all_else_and_names_parameters_as_peft():
     model = net()
-    assert inject_lora(model, ["embed", "block.0"], rank=lambda name: 3 if name == "embed" else 2) == ["embed", "block.0"]
+    assert inject_lora(model, ["embed", "block.0"], rank=lambda name: 3 if name == "embed" else 2) == [
+        "embed",
+        "block.0",
+    ]
     assert [name for name, p in model.named_parameters() if p.requires_grad] == [
         "embed.lora_embedding_A.default", "embed.lora_embedding_B.default",
         "block.0.lora_A.default.weight", "block.0.lora_B.default.weight",

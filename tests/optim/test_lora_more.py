@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from effkern.optim import LoraPair, LoRAMuon, LoRARite, ScaledAdam
 from effkern.ops.lora_rite.group import MAX_RANK
+from effkern.optim import LoRAMuon, LoraPair, LoRARite, ScaledAdam
 from tests.numerics import rel_err
 from tests.optim.lora_cases import Product, normal, optimizer_steps, pairs_of
 
@@ -201,7 +201,7 @@ def test_state_is_small():
 
 
 def msign(X):
-    U, S, V = torch.linalg.svd(X, full_matrices=False)
+    U, _, V = torch.linalg.svd(X, full_matrices=False)
     return U @ V
 
 

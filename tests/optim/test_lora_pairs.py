@@ -110,10 +110,9 @@ def test_tall_views_share_memory():
         assert (factor == 77.0).sum() == 1
     with pytest.raises(ValueError, match=r"LoRA factor must be dense in memory, got shape \[4, 3, 3\]"):
         tall(torch.randn(4, 3, 5)[:, :, ::2], 0)
+    A, B = nn.Parameter(torch.randn(4, 10)[:, ::2]), nn.Parameter(torch.randn(6, 4))
+    A.grad, B.grad = torch.ones(4, 5), torch.ones(6, 4)
     with pytest.raises(ValueError, match=r"A of p: a factor must be dense in memory, got shape \[4, 5\]"):
-        A, B = torch.randn(4, 10)[:, ::2].requires_grad_(), torch.randn(6, 4, requires_grad=True)
-        A = nn.Parameter(A.detach())
-        A.grad, B.grad = torch.ones(4, 5), torch.ones(6, 4)
         LoRARite([LoraPair("p", A, B, 0, 1)]).step()
 
 

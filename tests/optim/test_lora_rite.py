@@ -58,8 +58,8 @@ def test_hundred_steps_are_those_of_the_reference(case, zero_B):
 def test_the_case_of_skipping_skips_some_factors_and_not_all():
     """So that the agreement above is about something."""
     of = problems()
-    with pytest.warns(UserWarning, match="root mean square above skip_rms=0.012"):
-        optimizer = LoRARite(pairs_of(of), lr=LR, **CASES["skip"])
+    optimizer = LoRARite(pairs_of(of), lr=LR, **CASES["skip"])
+    with pytest.warns(UserWarning, match=r"root mean square above skip_rms=0.012"):
         optimizer_steps(of, optimizer, 1)
     seconds = [bool(optimizer.state[p.B]["second"].abs().sum() > 0) for p in of]
     assert set(seconds) == {True, False}
@@ -67,22 +67,22 @@ def test_the_case_of_skipping_skips_some_factors_and_not_all():
 
 @pytest.mark.parametrize("fused", [False, None], ids=["plain", "auto"])
 def test_float32_is_as_good_as_the_reference_in_float32(fused):
-    """100 steps from the same start; the truth is float64. Errors grow along the way alike."""
+    """100 steps from the same start; the truth is float64. The pair with two rows for a rank of three has eigenvalues
+    of V that are rounding noise, to which only eps gives a size: here a hundredth of the largest."""
     of = problems(zero_B=False, dtype=torch.float32)
-    options = [RiteOptions()] * 3
+    chosen = {"eps": 1e-2, "relative_eps": True}
+    options = [RiteOptions(**chosen)] * 3
     truth = reference_steps(of, 100, [(LR, LR)] * 3, options)
-    pairs = [q for q in _single(of)]
+    pairs = _single(of)
     for step in range(100):
         grads = []
         for p, q in zip(of, pairs):
             a, b = p.gradients(q.A.T, q.B, step)
             grads.append((a.T, b))
         pairs = rite_step(pairs, grads, [(LR, LR)] * 3, options)
-    optimizer_steps(of, LoRARite(pairs_of(of), lr=LR, fused=fused), 100)
-    for i, (p, q, t) in enumerate(zip(of, pairs, truth)):
-        # Two rows for a rank of three: V has eigenvalues of rounding noise, which eps alone bounds. Measured: 4.3.
-        factor = 8.0 if i == 1 else 2.0
-        assert distance([p], [t]) <= factor * max(rel_err(q.A, t.A), rel_err(q.B, t.B))
+    optimizer_steps(of, LoRARite(pairs_of(of), lr=LR, fused=fused, **chosen), 100)
+    for p, q, t in zip(of, pairs, truth):
+        assert distance([p], [t]) <= 2 * max(rel_err(q.A, t.A), rel_err(q.B, t.B))
 
 
 def _single(of):
@@ -110,7 +110,7 @@ def test_scheduler_and_maximize():
     for step in range(3):
         optimizer_steps(of, optimizer, 1, first=step)
         scheduler.step()
-    pairs = [q for q in reference_steps(problems(), 0, [], [])]
+    pairs = reference_steps(problems(), 0, [], [])
     for step in range(3):
         lr = 0.05 * 0.5**step
         grads = [tuple(x.T if i == 0 else x for i, x in enumerate(p.gradients(q.A.T, q.B, step)))
@@ -154,7 +154,7 @@ def test_negative_eigenvalues_of_rounding_do_not_zero_a_step():
     A, B = nn.Parameter(torch.randn(8, 64)), nn.Parameter(torch.randn(48, 8))
     optimizer = LoRARite([LoraPair("p", A, B, 0, 1)], lr=1e-2, skip_rms=0.0)
     negative = 0
-    for step in range(20):
+    for _ in range(20):
         u, v = torch.randn(48), torch.randn(64)
         G = torch.outer(u, v)
         A.grad, B.grad = B.detach().T @ G, G @ A.detach().T
@@ -215,9 +215,9 @@ def test_state_keeps_its_precision_and_is_not_shared():
     for key in ("second", "step", "whiten"):
         assert torch.equal(stored["state"][0][key], kept[key])
     bigger = [Product(9, 7, 5, seed=1), *other[1:]]
+    wrong = LoRARite(pairs_of(bigger), lr=LR)
+    wrong.load_state_dict(stored)
     with pytest.raises(ValueError, match=r"state of pair0: exp_avg must have shape \[5, 7\] and whiten \[5, 5\], got"):
-        wrong = LoRARite(pairs_of(bigger), lr=LR)
-        wrong.load_state_dict(stored)
         optimizer_steps(bigger, wrong, 1)
     renamed = [LoraPair(f"other{i}", p.A, p.B, 0, 1) for i, p in enumerate(other)]
     with pytest.raises(ValueError, match=r"stored param_groups\[0\] must have the pairs of this optimizer, got names"):
@@ -324,8 +324,8 @@ def test_no_host_read_in_a_step():
 
 
 def test_steps_of_equivalent_pairs_agree():
-    """What the method is for: A, B and Q^-1 A, B Q have the same product, before and after 20 steps. It holds for factors
-    of full rank alone: what a factor has outside the range of its partner is not seen in the product."""
+    """What the method is for: A, B and Q^-1 A, B Q have the same product, before and after 20 steps. It holds for
+    factors of full rank alone: what a factor has outside the range of its partner is not seen in the product."""
     of, turned = problems(zero_B=False)[::2], problems(zero_B=False)[::2]
     for i, p in enumerate(turned):
         r = p.A.shape[0]

@@ -26,8 +26,8 @@ BETA = Rule(lambda x: 0 <= x < 1, "be in [0, 1)")
 class LoraOptimizer(torch.optim.Optimizer):
     """torch.optim.Optimizer whose parameters are the factors of LoRA pairs.
 
-    A group's `params` are A_0, B_0, A_1, B_1 ...; its `names` and `rank_dims` say what they are, so that a state_dict is
-    made of tensors, numbers, strings and lists alone.
+    A group's `params` are A_0, B_0, A_1, B_1 ...; its `names` and `rank_dims` say what they are, so that a state_dict
+    is made of tensors, numbers, strings and lists alone.
     """
 
     rules: Mapping[str, Rule] = {}
@@ -117,8 +117,9 @@ class LoraOptimizer(torch.optim.Optimizer):
             NotImplementedError: a sparse gradient.
         """
         for pair in self.pairs(group):
-            grads = [factor.grad for factor in (pair.A, pair.B) if factor.requires_grad]
-            if not grads or any(grad is None for grad in grads):
+            trained = [factor for factor in (pair.A, pair.B) if factor.requires_grad]
+            grads = [factor.grad for factor in trained if factor.grad is not None]
+            if not trained or len(grads) < len(trained):
                 continue
             if any(grad.layout != torch.strided for grad in grads):
                 raise NotImplementedError(f"{self._me}: {pair.name} must have dense gradients, got a sparse one")
@@ -178,7 +179,9 @@ def _some(names: list[Any], most: int = 6) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
-def scaled_grads(grads: list[Tensor], inverse_scale: Tensor | None, found_inf: Tensor | None, sign: float) -> list[Tensor]:
+def scaled_grads(
+    grads: list[Tensor], inverse_scale: Tensor | None, found_inf: Tensor | None, sign: float
+) -> list[Tensor]:
     """Gradients without the scale of a GradScaler, all NaN where found_inf says so: such a step changes nothing."""
     if inverse_scale is None and found_inf is None:
         return grads if sign > 0 else list(torch._foreach_neg(grads))

@@ -1,7 +1,7 @@
 """Which parameters of a model are the two factors of one LoRA pair, and along which dimension their rank lies."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ class LoraPair(NamedTuple):
 
 
 def tall(tensor: Tensor, rank_dim: int, like: Tensor | None = None) -> Tensor:
-    """View of a factor as [rows, r], without a copy: a transpose for lora_A.weight, the tensor itself for lora_B.weight.
+    """View of a factor as [rows, r], without a copy: lora_B.weight itself, and lora_A.weight transposed.
 
     Kernel positions of a convolution are rows. Their order is that of the memory of `like` (the parameter), so that a
     parameter in channels_last is a view too; a gradient or moment of another layout then comes as a copy.
@@ -34,7 +34,8 @@ def tall(tensor: Tensor, rank_dim: int, like: Tensor | None = None) -> Tensor:
     """
     layout = tensor if like is None else like
     dims = [d for d in range(layout.dim()) if d != rank_dim]
-    dims.sort(key=lambda d: (-layout.stride(d), d))
+    strides = layout.stride()
+    dims.sort(key=lambda d: (-strides[d], d))
     moved = tensor.permute(*dims, rank_dim)
     if like is not None:
         return moved.reshape(-1, tensor.shape[rank_dim])
@@ -68,7 +69,9 @@ def _by_adapter(holder: Any) -> dict[str, Tensor]:
     if isinstance(holder, Tensor):
         return {"": holder}
     if isinstance(holder, (nn.ModuleDict, nn.ParameterDict, Mapping)):
-        return {key: value if isinstance(value, Tensor) else value.weight for key, value in holder.items()}
+        return {
+            key: value if isinstance(value, Tensor) else cast(Tensor, value.weight) for key, value in holder.items()
+        }
     return {"": holder.weight}
 
 
@@ -115,7 +118,7 @@ def find_pairs(model: nn.Module, adapter: str | None = None) -> list[LoraPair]:
 
 
 def pair_names(named: Iterable[tuple[str, Tensor]]) -> list[LoraPair]:
-    """Pairs among named parameters, such as model.named_parameters(): the name of B is that of A with the letter changed.
+    """Pairs among named parameters, such as model.named_parameters(): B has the name of A with the letter changed.
 
     Raises:
         ValueError: a parameter that is no factor, or whose partner is not in the list; all are named.
@@ -224,4 +227,3 @@ def other_trainable(model: nn.Module, pairs: Iterable[LoraPair]) -> list[tuple[s
     """Trainable parameters of a model that are no factor of any pair (biases, norms, DoRA magnitudes ...)."""
     factors = {id(x) for pair in pairs for x in (pair.A, pair.B)}
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in factors]
-

@@ -1,4 +1,4 @@
-"""Other optimizers of LoRA pairs over the same products, to compare with by one argument. Plain torch outside `gram`."""
+"""Other optimizers of LoRA pairs over the same Gram matrices, to compare with by one argument."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from effkern.ops.lora_rite import gram
-from effkern.optim.lora.base import AT_LEAST_0, BETA, POSITIVE, SHARE, LoraOptimizer
+from effkern.optim.lora.base import AT_LEAST_0, BETA, POSITIVE, SHARE, LoraOptimizer, Rule
 from effkern.optim.lora.layout import Layout, layout_of, mesh_of
 from effkern.optim.lora.runs import no_kernel
 
@@ -85,7 +85,7 @@ class _Peer(LoraOptimizer):
         return list(keyed.values())
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of all pairs that have gradients; returns what `closure` returns."""
         loss = None
         if closure is not None:
@@ -122,7 +122,7 @@ class LoRAMuon(_Peer):
     Source: Cesista et al., LoRA-Muon, arXiv 2606.12921.
     """
 
-    rules = {
+    rules: Mapping[str, Rule] = {
         "lr": AT_LEAST_0, "momentum": BETA, "weight_decay": AT_LEAST_0, "rank_tolerance": SHARE, "lr_ratio_B": POSITIVE,
     }  # fmt: skip
 
@@ -155,7 +155,7 @@ class ScaledAdam(_Peer):
     Source: Zhang and Pilanci, Riemannian Preconditioned LoRA, arXiv 2402.02347.
     """
 
-    rules = {
+    rules: Mapping[str, Rule] = {
         "lr": AT_LEAST_0, "betas": BETA, "eps": AT_LEAST_0, "reg": POSITIVE, "weight_decay": AT_LEAST_0,
         "lr_ratio_B": POSITIVE,
     }  # fmt: skip

@@ -48,9 +48,9 @@ class LoRARite(LoraOptimizer):
         fused: None takes the compiled kernels where there are some, True insists on them, False takes plain torch.
         others: "error" refuses a model with trainable parameters that are in no pair, "ignore" leaves them alone.
 
-    State of a factor: exp_avg (M; the parameter's shape, float32), five r x r or smaller float64 tensors, and `master`, a
-    float32 copy, where the parameter is bfloat16 or float16: the step is made on it and rounded once. float64 pairs
-    are float64 throughout. With r = 16 and 1024 rows: 1.08 x the parameters.
+    State of a factor: exp_avg (M; the parameter's shape, float32), two r x r and smaller float64 tensors, and `master`,
+    a float32 copy, where the parameter is bfloat16 or float16: the step is made on it and rounded once. float64 pairs
+    are float64 throughout.
 
     A gradient with NaN or inf anywhere: the step changes nothing, no state, no step count. Pairs without gradients are
     left out. A frozen factor (requires_grad=False, as in LoRA-FA, arXiv 2308.03303) stays, its partner is trained.
@@ -170,9 +170,7 @@ class LoRARite(LoraOptimizer):
     def _prepared(self) -> list[tuple[int, Run]]:
         """Runs over the present parameters: made anew after a load, rebuilt where a parameter was written."""
         if self._runs is not None:
-            moved = any(
-                [v[1] for v in runs.versions(run.layouts)] != [v[1] for v in run.seen] for _, run in self._runs
-            )
+            moved = any([v[1] for v in runs.versions(run.layouts)] != [v[1] for v in run.seen] for _, run in self._runs)
             if moved:
                 # Other memory: the views are those of the old one.
                 self._runs = None
@@ -224,7 +222,7 @@ class LoRARite(LoraOptimizer):
         return rates * lr.to(device, torch.float64).reshape(()) if isinstance(lr, Tensor) else rates
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of all pairs that have gradients; returns what `closure` returns.
 
         Raises:
@@ -264,8 +262,8 @@ class LoRARite(LoraOptimizer):
             self._warned = True
             warnings.warn(
                 "LoRARite: an unmagnified gradient has a root mean square above skip_rms="
-                f"{self.param_groups[0]['skip_rms']}, so that its factor takes no gradient in this step. Is the loss a sum "
-                "instead of a mean? (said once)",
+                f"{self.param_groups[0]['skip_rms']}, so that its factor takes no gradient in this step. Is the loss "
+                "a sum instead of a mean? (said once)",
                 stacklevel=2,
             )
         for _, run, _, places in work:

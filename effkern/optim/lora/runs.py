@@ -114,9 +114,7 @@ def make_runs(groups: list[list[LoraPair]], state: Mapping[Tensor, dict[str, Any
     return [(key[0], _make_run(pairs, key[3], key[4] is not None, state)) for key, pairs in keyed.items()]
 
 
-def _make_run(
-    pairs: list[LoraPair], dtype: torch.dtype, sharded: bool, state: Mapping[Tensor, dict[str, Any]]
-) -> Run:
+def _make_run(pairs: list[LoraPair], dtype: torch.dtype, sharded: bool, state: Mapping[Tensor, dict[str, Any]]) -> Run:
     rank = pairs[0].rank
     layouts = []
     for pair in pairs:
@@ -143,7 +141,7 @@ def _make_run(
             copies.append((i, buffer))
         factors.append(layout.matrix(buffer))
         moments.append(layout.matrix(local_of(own["exp_avg"])))
-    stacked = {}
+    stacked: dict[str, Any] = {}
     for name in SMALL:
         whole = torch.stack([state[layout.param][name] for layout in layouts])
         stacked[_FIELD.get(name, name)] = whole
