@@ -71,6 +71,8 @@ class FineTuner(Trainer):
     adapters = True
 
     def __init__(self, config: TrainConfig, *, title: str = "finetune", quiet: bool = False) -> None:
+        if config.lora.rank < 1:
+            raise ValueError(f"lora.rank must be at least 1 to fine-tune, got {config.lora.rank}")
         self.base = load_model(config.lora.checkpoint)
         if self.base.model.config != config.model:
             raise ValueError(

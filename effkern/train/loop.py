@@ -67,11 +67,8 @@ class Trainer:
     """The model is a checkpoint with adapters."""
 
     def __init__(self, config: TrainConfig, *, title: str = "train", quiet: bool = False) -> None:
-        if bool(config.lora.rank) is not self.adapters:
-            rule = (
-                "at least 1 to fine-tune" if self.adapters else "0 to train a whole model (effkern finetune adapts one)"
-            )
-            raise ValueError(f"lora.rank must be {rule}, got {config.lora.rank}")
+        if config.lora.rank and not self.adapters:
+            raise ValueError(f"lora.rank must be 0 to train a whole model (effkern finetune), got {config.lora.rank}")
         self.config, self.title, self.quiet = config, title, quiet
         self.out = Path(config.run.out)
         set_threads(config.run)
