@@ -22,6 +22,8 @@ using torch::stable::Tensor;
 constexpr int64_t kMaxRank = 128;
 // Elements of a tile: three of them and what they are made from share the second cache.
 constexpr int64_t kTile = 16384;
+// Rows whose products are summed up in float32; at large ranks the sums themselves cost more.
+inline int64_t strip_rows(int64_t rank) { return rank <= 32 ? 128 : 256; }
 // Tiles of a task, whose sums are float64. Never by the number of threads: the bits do not depend on it.
 constexpr int64_t kTaskTiles = 8;
 
@@ -39,7 +41,6 @@ struct Tall {
   int64_t rows, rank;
   bool wide;
 
-  int64_t stride() const { return wide ? rows : rank; }
   float* from(int64_t row) const { return data + (wide ? row : row * rank); }
 };
 
@@ -76,25 +77,29 @@ inline std::vector<Task> tasks_of(const std::vector<Tall>& factors) {
   return tasks;
 }
 
-// out = alpha x w + beta out for rows of one layout; w [r, r] by rows. A stride is between rows, or between columns of
-// a wide one.
+// Rows of one layout in a tile; a stride is between rows, or between columns of a wide one.
 template <typename T>
-void times(bool wide, int64_t rows, int64_t rank, T alpha, const T* x, int64_t x_stride, const T* w, T beta, T* out,
-           int64_t out_stride) {
+struct Tile {
+  T* data;
+  int64_t stride;
+  bool wide;
+};
+
+// out = alpha x w + beta out; w [r, r] by rows. The layouts may differ.
+template <typename T>
+void times(int64_t rows, int64_t rank, T alpha, const Tile<T>& x, const T* w, T beta, const Tile<T>& out) {
   const int n = static_cast<int>(rows), r = static_cast<int>(rank);
-  const int ldx = static_cast<int>(x_stride), ldo = static_cast<int>(out_stride);
-  if (wide) vendor::gemm('N', 'T', n, r, r, alpha, x, ldx, w, r, beta, out, ldo);
-  else vendor::gemm('N', 'N', r, n, r, alpha, w, r, x, ldx, beta, out, ldo);
+  const int ldx = static_cast<int>(x.stride), ldo = static_cast<int>(out.stride);
+  if (out.wide) vendor::gemm(x.wide ? 'N' : 'T', 'T', n, r, r, alpha, x.data, ldx, w, r, beta, out.data, ldo);
+  else vendor::gemm('N', x.wide ? 'T' : 'N', r, n, r, alpha, w, r, x.data, ldx, beta, out.data, ldo);
 }
 
-// out [r, columns] by rows = y^T z, y of r and z of `columns` columns.
+// out [r, r] by rows = y^T z.
 template <typename T>
-void cross(bool wide, int64_t rows, int64_t rank, int64_t columns, const T* y, int64_t y_stride, const T* z,
-           int64_t z_stride, T* out) {
-  const int n = static_cast<int>(rows), r = static_cast<int>(rank), c = static_cast<int>(columns);
-  const int ldy = static_cast<int>(y_stride), ldz = static_cast<int>(z_stride);
-  if (wide) vendor::gemm('T', 'N', c, r, n, T(1), z, ldz, y, ldy, T(0), out, c);
-  else vendor::gemm('N', 'T', c, r, n, T(1), z, ldz, y, ldy, T(0), out, c);
+void cross(int64_t rows, int64_t rank, const Tile<T>& y, const Tile<T>& z, T* out) {
+  const int n = static_cast<int>(rows), r = static_cast<int>(rank);
+  vendor::gemm(z.wide ? 'T' : 'N', y.wide ? 'N' : 'T', r, r, n, T(1), z.data, static_cast<int>(z.stride), y.data,
+               static_cast<int>(y.stride), T(0), out, r);
 }
 
 }  // namespace lora_rite

@@ -46,7 +46,28 @@ void for_pieces(const Tall& x, int64_t row, int64_t rows, const F& f) {
   for (int64_t k = 0; k < x.rank; ++k) f(x.from(row) + k * x.rows, k * rows, rows);
 }
 
-int64_t packed_stride(const Tall& x, int64_t rows) { return x.wide ? rows : x.rank; }
+// Rows of the tall matrix itself.
+Tile<float> tile_at(const Tall& x, int64_t row) { return {x.from(row), x.wide ? x.rows : x.rank, x.wide}; }
+
+// A packed tile in the layout of x.
+template <typename T>
+Tile<T> packed(const Tall& x, int64_t rows, T* data) {
+  return {data, x.wide ? rows : x.rank, x.wide};
+}
+
+template <typename T>
+Tile<T> strip(const Tile<T>& x, int64_t row) {
+  return {x.data + (x.wide ? row : row * x.stride), x.stride, x.wide};
+}
+
+// sum += y^T z. Short sums in float32: over many rows they would cost more digits than rounding the inputs does.
+void add_cross(int64_t rows, int64_t rank, const Tile<float>& y, const Tile<float>& z, float* product, double* sum) {
+  const int64_t step = strip_rows(rank);
+  for (int64_t row = 0; row < rows; row += step) {
+    cross(std::min(step, rows - row), rank, strip(y, row), strip(z, row), product);
+    add_row(product, rank * rank, sum);
+  }
+}
 
 void widen(const Tall& x, int64_t row, int64_t rows, double* tile) {
   for_pieces(x, row, rows, [&](const float* from, int64_t at, int64_t size) { widen_row(from, size, tile + at); });
@@ -86,14 +107,16 @@ Tensor gram(std::vector<Tensor> tensors, std::vector<bool> wide, std::optional<T
       double* total = partial.data() + t * square;
       const std::vector<float> by = w ? rounded(w + task.factor * square, square) : std::vector<float>();
       for (int64_t row = task.begin; row < task.end; row += tile) {
-        const int64_t rows = std::min(tile, task.end - row), stride = packed_stride(x, rows);
+        const int64_t rows = std::min(tile, task.end - row);
         if (w) {
-          times(x.wide, rows, rank, 1.0f, x.from(row), x.stride(), by.data(), 0.0f, y.get(), stride);
-          cross(x.wide, rows, rank, rank, y.get(), stride, y.get(), stride, sum.get());
-          add_row(sum.get(), square, total);
+          // By rows in both layouts: its Gram matrix is faster.
+          const Tile<float> to{y.get(), rank, false};
+          times(rows, rank, 1.0f, tile_at(x, row), by.data(), 0.0f, to);
+          add_cross(rows, rank, to, to, sum.get(), total);
         } else {
           widen(x, row, rows, wide_y.get());
-          cross(x.wide, rows, rank, rank, wide_y.get(), stride, wide_y.get(), stride, wide_sum.get());
+          const Tile<double> all = packed(x, rows, wide_y.get());
+          cross(rows, rank, all, all, wide_sum.get());
           for (int64_t i = 0; i < square; ++i) total[i] += wide_sum.get()[i];
         }
       }
@@ -105,10 +128,9 @@ Tensor gram(std::vector<Tensor> tensors, std::vector<bool> wide, std::optional<T
   return result;
 }
 
-// What a task writes: y^T y and y^T u, row by row side by side, then |X|^2.
+// What a task adds to: y^T y, y^T u and |X|^2.
 struct Sums {
-  double* crosses;
-  double* size;
+  double *gram, *cross, *size;
 };
 
 struct Matrices {
@@ -132,25 +154,32 @@ struct FloatMatrices {
         shrink(static_cast<float>(w.shrink)) {}
 };
 
-void update_task(const Operands& of, const Task& task, const FloatMatrices& w, int64_t tile, const Scratch<float>& moment,
-                 const Scratch<float>& both, const Scratch<float>& product, const Sums& sums) {
+void add_size(const Tall& x, int64_t row, int64_t rows, double* size) {
+  for_pieces(x, row, rows, [&](const float* from, int64_t, int64_t count) { *size += square_row(from, count); });
+}
+
+struct Memory {
+  Scratch<float> moment, y, u, product;
+  Memory(int64_t tile, int64_t rank) : moment(tile * rank), y(tile * rank), u(tile * rank), product(rank * rank) {}
+};
+
+void update_task(const Operands& of, const Task& task, const FloatMatrices& w, int64_t tile, const Memory& memory,
+                 const Sums& sums) {
   const Tall &x = of.x, &m = of.m;
   const int64_t rank = x.rank;
   for (int64_t row = task.begin; row < task.end; row += tile) {
-    const int64_t rows = std::min(tile, task.end - row), packed = packed_stride(x, rows);
-    // y and u side by side, so that one product makes both sums.
-    const int64_t stride = x.wide ? rows : 2 * rank;
-    float* const y = both.get();
-    float* const u = y + (x.wide ? rows * rank : rank);
-    times(x.wide, rows, rank, 1.0f, m.from(row), m.stride(), w.carry.data(), 0.0f, moment.get(), packed);
-    times(x.wide, rows, rank, 1.0f, of.g.from(row), of.g.stride(), w.take.data(), 1.0f, moment.get(), packed);
-    times(x.wide, rows, rank, 1.0f, x.from(row), x.stride(), w.whiten.data(), 0.0f, u, stride);
-    times(x.wide, rows, rank, -1.0f, moment.get(), packed, w.apply.data(), w.shrink, x.from(row), x.stride());
-    times(x.wide, rows, rank, 1.0f, x.from(row), x.stride(), w.whiten.data(), 0.0f, y, stride);
-    cross(x.wide, rows, rank, 2 * rank, y, stride, y, stride, product.get());
-    add_row(product.get(), 2 * rank * rank, sums.crosses);
-    for_pieces(m, row, rows, [&](float* to, int64_t at, int64_t size) { std::copy_n(moment.get() + at, size, to); });
-    for_pieces(x, row, rows, [&](const float* from, int64_t, int64_t size) { *sums.size += square_row(from, size); });
+    const int64_t rows = std::min(tile, task.end - row);
+    const Tile<float> own = tile_at(x, row), moment = packed(x, rows, memory.moment.get());
+    const Tile<float> y{memory.y.get(), rank, false}, u{memory.u.get(), rank, false};
+    times(rows, rank, 1.0f, tile_at(m, row), w.carry.data(), 0.0f, moment);
+    times(rows, rank, 1.0f, tile_at(of.g, row), w.take.data(), 1.0f, moment);
+    times(rows, rank, 1.0f, own, w.whiten.data(), 0.0f, u);
+    times(rows, rank, -1.0f, moment, w.apply.data(), w.shrink, own);
+    times(rows, rank, 1.0f, own, w.whiten.data(), 0.0f, y);
+    add_cross(rows, rank, y, y, memory.product.get(), sums.gram);
+    add_cross(rows, rank, y, u, memory.product.get(), sums.cross);
+    for_pieces(m, row, rows, [&](float* to, int64_t at, int64_t size) { std::copy_n(moment.data + at, size, to); });
+    add_size(x, row, rows, sums.size);
   }
 }
 
@@ -158,27 +187,33 @@ void update_task(const Operands& of, const Task& task, const FloatMatrices& w, i
 void update_task_exact(const Operands& of, const Task& task, const Matrices& w, int64_t tile, const Sums& sums) {
   const Tall &x = of.x, &m = of.m;
   const int64_t rank = x.rank, square = rank * rank;
-  Scratch<double> before(tile * rank), after(tile * rank), moment(tile * rank), given(tile * rank), product(square);
+  Scratch<double> memory(4 * tile * rank), product(square);
   for (int64_t row = task.begin; row < task.end; row += tile) {
-    const int64_t rows = std::min(tile, task.end - row), stride = packed_stride(x, rows);
-    widen(m, row, rows, given.get());
-    times(x.wide, rows, rank, 1.0, given.get(), stride, w.carry, 0.0, moment.get(), stride);
-    widen(of.g, row, rows, given.get());
-    times(x.wide, rows, rank, 1.0, given.get(), stride, w.take, 1.0, moment.get(), stride);
-    for_pieces(m, row, rows, [&](float* to, int64_t at, int64_t size) { round_row(moment.get() + at, size, to); });
-    widen(m, row, rows, moment.get());
-    widen(x, row, rows, before.get());
-    std::copy_n(before.get(), rows * rank, after.get());
-    times(x.wide, rows, rank, -1.0, moment.get(), stride, w.apply, w.shrink, after.get(), stride);
-    for_pieces(x, row, rows, [&](float* to, int64_t at, int64_t size) { round_row(after.get() + at, size, to); });
-    widen(x, row, rows, after.get());
-    const double* const terms[] = {after.get(), before.get()};
-    for (int64_t k = 0; k < 2; ++k) {
-      cross(x.wide, rows, rank, rank, after.get(), stride, terms[k], stride, product.get());
-      for (int64_t i = 0; i < rank; ++i)
-        for (int64_t j = 0; j < rank; ++j) sums.crosses[(2 * i + k) * rank + j] += product.get()[i * rank + j];
-    }
-    for_pieces(x, row, rows, [&](const float* from, int64_t, int64_t size) { *sums.size += square_row(from, size); });
+    const int64_t rows = std::min(tile, task.end - row);
+    double* next = memory.get();
+    Tile<double> tiles[4];
+    for (Tile<double>& t : tiles) t = packed(x, rows, next), next += tile * rank;
+    const auto& [given, moment, before, after] = tiles;
+    widen(m, row, rows, given.data);
+    times(rows, rank, 1.0, given, w.carry, 0.0, moment);
+    widen(of.g, row, rows, given.data);
+    times(rows, rank, 1.0, given, w.take, 1.0, moment);
+    for_pieces(m, row, rows, [&, &moment = moment](float* to, int64_t at, int64_t size) {
+      round_row(moment.data + at, size, to);
+    });
+    widen(m, row, rows, moment.data);
+    widen(x, row, rows, before.data);
+    std::copy_n(before.data, rows * rank, after.data);
+    times(rows, rank, -1.0, moment, w.apply, w.shrink, after);
+    for_pieces(x, row, rows, [&, &after = after](float* to, int64_t at, int64_t size) {
+      round_row(after.data + at, size, to);
+    });
+    widen(x, row, rows, after.data);
+    cross(rows, rank, after, after, product.get());
+    for (int64_t i = 0; i < square; ++i) sums.gram[i] += product.get()[i];
+    cross(rows, rank, after, before, product.get());
+    for (int64_t i = 0; i < square; ++i) sums.cross[i] += product.get()[i];
+    add_size(x, row, rows, sums.size);
   }
 }
 
@@ -211,22 +246,22 @@ std::tuple<Tensor, Tensor, Tensor> update_(std::vector<Tensor> factors, std::vec
   const int64_t num_tasks = static_cast<int64_t>(tasks.size()), tile = tile_rows(rank), slot = 2 * square + 1;
   std::vector<double> partial(num_tasks * slot);
   torch::stable::parallel_for(0, num_tasks, 1, [&](int64_t first, int64_t last) {
-    const Scratch<float> moment(tile * rank), both(2 * tile * rank), product(2 * square);
+    const Memory memory(tile, rank);
     for (int64_t t = first; t < last; ++t) {
       const int64_t f = tasks[t].factor, at = f * square;
       const Matrices w{numbers[0] + at, numbers[1] + at, numbers[2] + at, numbers[3] + at, keeps[f]};
       const Operands of{xs[f], ms[f], gs[f]};
-      const Sums sums{partial.data() + t * slot, partial.data() + t * slot + 2 * square};
+      double* const own = partial.data() + t * slot;
+      const Sums sums{own, own + square, own + 2 * square};
       if (flags[f]) update_task_exact(of, tasks[t], w, tile, sums);
-      else update_task(of, tasks[t], FloatMatrices(w, square), tile, moment, both, product, sums);
+      else update_task(of, tasks[t], FloatMatrices(w, square), tile, memory, sums);
     }
   });
   for (int64_t t = 0; t < num_tasks; ++t) {
     const int64_t f = tasks[t].factor;
     const double* sums = partial.data() + t * slot;
-    for (int64_t i = 0; i < rank; ++i)
-      for (int64_t k = 0; k < 2; ++k)
-        for (int64_t j = 0; j < rank; ++j) to[k][f * square + i * rank + j] += sums[(2 * i + k) * rank + j];
+    for (int64_t k = 0; k < 2; ++k)
+      for (int64_t i = 0; i < square; ++i) to[k][f * square + i] += sums[k * square + i];
     size[f] += sums[2 * square];
   }
   return {grams, crosses, sizes};

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import count_worker, lora_worker, looped_worker, vocab_worker
+from tests.distributed import count_worker, looped_worker, lora_worker, vocab_worker
 from tests.distributed.spawn import spawn
 
 

@@ -121,7 +121,7 @@ def lora_rite_rebuild_(
         little or by a scalar; False lets them transport to 0. reduce: as in lora_rite_step_.
     """
     terms = terms_of(options)
-    before = group.whiten.clone()
+    before, pending = group.whiten.clone(), group.transport.clone()
     exact_grams = stages.gram(group.factors, group.wide, impl=impl)
     exact_grams = exact_grams if reduce is None else reduce(group, exact_grams)
     sizes = exact_grams.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -132,8 +132,8 @@ def lora_rite_rebuild_(
         values, Q = torch.linalg.eigh(((near + near.mT) / 2).nan_to_num())
         kept = values > stages.plain.EQUILIBRATED * values[:, -1:]
         root = Q * (torch.where(kept, values, 1.0).rsqrt() * kept)[:, None, :] @ Q.mT
-        # U_now^T U_before, with U_before the orthonormal matrix nearest to X whiten.
-        group.transport.copy_(group.whiten.mT @ exact_grams @ before @ root)
+        # U_now^T U, with U the orthonormal matrix nearest to X whiten, to which `pending` leads.
+        group.transport.copy_(group.whiten.mT @ exact_grams @ before @ root @ pending)
 
 
 def _rates(lr: Any, group: RiteGroup) -> Tensor:

@@ -65,7 +65,7 @@ def precondition_(
     sound = gate.isfinite()
     norm = gate.sqrt()
     clip = torch.where(norm > terms.clip, terms.clip / norm, 1.0) if terms.clip > 0 else torch.ones_like(norm)
-    share = clip * (traces(grams, rows, terms.skip_rms) != 0).double()
+    share = clip * (traces(grams, rows, terms.skip_rms) != 0)
     grams = torch.where(sound, grams, 0.0) * share.square()[:, None, None]
     t = (steps + 1).double()
     b1, b2 = _decay(terms.beta1, t), _decay(terms.beta2, t)
@@ -118,9 +118,7 @@ def update_(
         fast, slow = ([x.to(dtype) for x in w] for dtype in (X.dtype, torch.float64))
         moment = torch.where(is_exact, M.double() @ slow[0] + G.double() @ slow[1], M @ fast[0] + G @ fast[1])
         _keep(sound, moment.to(M.dtype), M)
-        moved = torch.where(
-            is_exact, slow[3] * X.double() - M.double() @ slow[2], (fast[3] * X - M @ fast[2]).double()
-        )
+        moved = torch.where(is_exact, slow[3] * X.double() - M.double() @ slow[2], (fast[3] * X - M @ fast[2]).double())
         _keep(sound, moved.to(X.dtype), X)
         W = torch.where(is_exact, eye, whiten[i].to(X.dtype).double())
         y, u = X.double() @ W, before.double() @ W
