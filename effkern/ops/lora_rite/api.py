@@ -1,6 +1,6 @@
 """lora_rite_step_: one step of LoRA-RITE for groups of factors; lora_rite_rebuild_: bases of factors as they are."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from effkern.ops.lora_rite.subset import put_back, subset
 from effkern.ops.lora_rite.terms import terms_of
 
 Rate = float | Tensor
+Reduce = Callable[[RiteGroup, Tensor], Tensor]
 
 
 @torch.no_grad()
@@ -25,6 +26,7 @@ def lora_rite_step_(
     *,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    reduce: Reduce | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """One LoRA-RITE step of all pairs of all groups, in place; `reference.rite_step` states the formula.
@@ -41,6 +43,8 @@ def lora_rite_step_(
         options: of each group; all share clip_grad and skip_rms.
         grad_scale: 0-d, what gradients are to be multiplied with (1 / the loss scale).
         found_inf: 0-d or [1]; not 0: nothing is written.
+        reduce: called with (group, x) for every sum over rows, x [F, ...] float64 with the factors of that group: returns
+            the sum over all processes that hold rows of them. A group's `rows` must then be those of all processes.
         impl: "auto", "cpp" (CPU, float32), "triton" (CUDA, float32), "plain" (any device, float32 and float64).
 
     Returns:
@@ -80,6 +84,7 @@ def lora_rite_step_(
         group = part.group
         # The gradient of a factor is unmagnified by the other factor's basis.
         h = stages.gram(given, group.wide, stages.plain.other(group.whiten), impl=impl)
+        h = h if reduce is None else reduce(group, h)
         h = h if scale is None else h * scale.square()
         grams.append(h)
         traces.append(stages.traces(group, h, terms.skip_rms))
@@ -93,6 +98,8 @@ def lora_rite_step_(
         update = stages.precondition_(group, h, all_traces, rates, scale, terms, impl)
         lists = (group.factors, group.moments, given, group.wide)
         products = stages.update_(*lists, update, group.whiten, group.exact, impl=impl)
+        if reduce is not None:
+            products = Products(*(reduce(group, x) for x in products))
         stages.rebase_(group, products, update.gate, terms.tolerance, impl)
         put_back(part)
         gate = update.gate
@@ -101,16 +108,22 @@ def lora_rite_step_(
 
 @torch.no_grad()
 def lora_rite_rebuild_(
-    group: RiteGroup, options: RiteOptions, *, keep_moments: bool = True, impl: str = "auto"
+    group: RiteGroup,
+    options: RiteOptions,
+    *,
+    keep_moments: bool = True,
+    reduce: Reduce | None = None,
+    impl: str = "auto",
 ) -> None:
     """Bases of the factors as they are, by one float64 Gram matrix of each: first step, or a change from outside.
 
     keep_moments: moments stay in the basis nearest to the old one, which is right for factors that were changed by
-        little or by a scalar; False lets them transport to 0.
+        little or by a scalar; False lets them transport to 0. reduce: as in lora_rite_step_.
     """
     terms = terms_of(options)
     before, pending = group.whiten.clone(), group.transport.clone()
     exact_grams = stages.gram(group.factors, group.wide, impl=impl)
+    exact_grams = exact_grams if reduce is None else reduce(group, exact_grams)
     sizes = exact_grams.diagonal(dim1=-2, dim2=-1).sum(-1)
     group.exact.fill_(1)
     stages.rebase_(group, Products(exact_grams, torch.zeros_like(exact_grams), sizes), None, terms.tolerance, impl)
