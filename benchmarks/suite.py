@@ -17,25 +17,37 @@ from benchmarks.targets import LATEST
 
 # Options of the short run (minutes) and of the full one; the targets' cases are in both where the time allows.
 QUICK = {
+    "batched_eigh": ["--orders 8 16 32 64 --rounds=3"],
     "distill": ["--rounds=3 --no-memory", "--case=hidden --rounds=3 --no-memory"],
     "gemm_bf16": [""],
     "label_rank": ["--rounds=5"],
     "laurel": ["--rows=512 --ranks=32 --rounds=5"],
     "loop_similarity": ["--rounds=5"],
     "loop_step": ["--rounds=5 --dims=768"],
+    "lora_rite": ["--rounds=9"],
+    "shampoo_step": ["--rounds=3"],
     "looped_linear_attention": ["--threads=1 --rounds=3"],
     "token_stats": ["--rounds=5"],
 }
 FULL = {
+    "batched_eigh": [""],
     "distill": ["", "--case=hidden", "--case=hard"],
     "gemm_bf16": [""],
     "label_rank": [""],
     "laurel": [""],
     "loop_similarity": [""],
     "loop_step": [""],
+    "lora_rite": [""],
+    "shampoo_step": [""],
     "looped_linear_attention": ["--threads=1", "--threads=1 --paper --free"],
     "token_stats": ["", "--dtype=bfloat16"],
 }
+
+
+def module(op: str) -> str:
+    """A benchmark of one op, or of a whole step."""
+    inner = "ops." if (Path(__file__).parent / "ops" / f"{op}.py").exists() else ""
+    return f"benchmarks.{inner}{op}"
 
 
 def lines_of(out: str) -> list[str]:
@@ -67,7 +79,7 @@ def main(arguments: list[str]) -> int:
     for op in a.op:
         for options in (FULL if a.full else QUICK)[op]:
             start = time.monotonic()
-            command = [sys.executable, "-m", f"benchmarks.ops.{op}", "--json", *options.split()]
+            command = [sys.executable, "-m", module(op), "--json", *options.split()]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
             found = lines_of(done.stdout)
             ok = done.returncode == 0 and found
