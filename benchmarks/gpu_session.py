@@ -1,4 +1,4 @@
-"""Everything a machine with a GPU must show: python -m benchmarks.gpu_session [--parts build ops laurel looped optim speed]
+"""Everything a machine with a GPU must show: python -m benchmarks.gpu_session [--parts PART ...]
 
 Builds the compiled modules in place, runs the op tests on the device, then the benchmarks, and writes
 benchmarks/results/<date>-<device>-<parts>.jsonl (one measurement per line) and .md (what ran, what failed, the tables).
