@@ -95,7 +95,7 @@ STYLE = (
 
 def machine(cases: Cases) -> str:
     line = next(v for c in cases.values() for variants in c.values() for v in variants.values())
-    known = ("date", "cpu", "cores", "threads", "gpu", "torch", "effkern", "python")
+    known = ("date", "processor", "cores", "threads", "gpu", "torch", "effkern", "python")
     return ", ".join(f"{name} {line[name]}" for name in known if line.get(name) is not None)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import compare, suite, targets
+from benchmarks import compare, runner, suite, targets
 
 
 def line(variant: str, wall: float, benchmark: str = "one", **case) -> str:
@@ -135,3 +135,11 @@ def test_a_report_holds_targets_tables_and_pictures(tmp_path, capsys):
     path.write_text("nothing")
     assert command.main(["report", str(path)]) == 2
     assert "must hold result lines" in capsys.readouterr().err
+
+
+def test_a_line_says_the_variants_time_and_the_machine():
+    timing = runner.Timing(4.0, 3.0, 5.0, 2.5)
+    (text,) = runner.result_lines("one", {"rows": 1}, {"effkern": timing}, {"effkern": {"peak_mib": 7.0}})
+    found = json.loads(text)
+    assert [found[k] for k in ("wall", "wall_low", "wall_high", "cpu", "peak_mib")] == [4.0, 3.0, 5.0, 2.5, 7.0]
+    assert isinstance(found["processor"], str)
