@@ -38,7 +38,8 @@ def lambda_max(A_Bpp: Tensor) -> Tensor:
     largest = diagonal.argmax(1)[:, None, None]
     row = A_Bpp.gather(1, largest.expand(-1, -1, p)).mT / diagonal.amax(1).clamp_min(tiny)[:, None, None]
     x = row + 0.1 * signs(p, A_Bpp)[:, None]
-    vectors, products = [], []
+    vectors: list[Tensor] = []
+    products: list[Tensor] = []
     for _ in range(min(LANCZOS_STEPS, p)):
         before = x.norm(dim=1, keepdim=True).clamp_min(tiny)
         # Twice is enough (Parlett).
