@@ -4,9 +4,9 @@
     python -m benchmarks.ops.shampoo --json             one JSON object per line
 
 Parameters: 4 x 384x384, 384x1536 and 1536x384 per layer, one-sided on the side of 384, so that 36 roots are one batch.
-Floor: the Gram products at half the time of torch.bmm (one triangle is half the work), LAPACK's float32 eigh with a half
-product, one whole matrix per thread, and the bare torch.bmm of root and gradient. "step" is Gram matrices, roots and
-updates with momentum and norm; "step, roots / 10" has a tenth of the roots' time.
+Floor: the Gram products at half the time of torch.bmm (one triangle is half the work), LAPACK's float32 eigh with a
+half product, one whole matrix per thread, and the bare torch.bmm of root and gradient. "step" is Gram matrices, roots
+and updates with momentum and norm; "step, roots / 10" has a tenth of the roots' time.
 """
 
 import argparse
