@@ -113,6 +113,7 @@ struct PreconditionArgs {
 struct RiteMemory {
   JacobiMemory<double> jacobi;
   double partial[kRiteMaxThreads];
+  double share, b1, keep, add, mass;
   double before[kJacobiMaxOrder], values[kJacobiMaxOrder], sorted[2][kJacobiMaxOrder];
 };
 
@@ -152,14 +153,15 @@ __device__ __forceinline__ double escaped_now(const RiteBlock& block, RiteMemory
   return fmin(drop, fmax(0.0, trace_drop));
 }
 
-__global__ void __launch_bounds__(kRiteMaxThreads) lora_rite_precondition_kernel(PreconditionArgs args) {
+__global__ void __launch_bounds__(kRiteMaxThreads, 1) lora_rite_precondition_kernel(PreconditionArgs args) {
   EFFKERN_SHARED(RiteMemory, shared, 1);
   EFFKERN_DYNAMIC_SHARED(double, dynamic);
   RiteMemory& memory = *shared;
   const RiteTerms& terms = args.terms;
-  const int64_t f = blockIdx.x, square = int64_t{args.n} * args.n, at = f * square, other = (f ^ 1) * square;
   const RiteBlock block(dynamic, args.scratch, args.n);
-  const int n = args.n, stride = block.stride, thread = block.thread;
+  const int64_t square = int64_t{args.n} * args.n;
+  const int n = args.n, thread = block.thread;
+  const int f = static_cast<int>(blockIdx.x);
   double norm = 0;
   for (int64_t i = thread; i < args.num_traces; i += block.num_threads) norm += args.traces[i];
   norm = block.total(norm, memory.partial);
@@ -167,65 +169,80 @@ __global__ void __launch_bounds__(kRiteMaxThreads) lora_rite_precondition_kernel
   if (!finite(norm)) return;
   norm = sqrt(norm);
 
-  const double* const gram = args.grams + at;
-  double own = 0;
-  for (int k = 0; k < n; ++k) own += gram[k * n + k];
-  const bool large = terms.skip_rms > 0 && own > terms.skip_rms * terms.skip_rms * args.rows[f] * n;
-  const double clip = terms.clip > 0 && norm > terms.clip ? terms.clip / norm : 1.0;
-  const double share = own == 0 || large ? 0.0 : clip;
-  const int64_t t = args.steps[f] + 1;
-  const double b1 = rite_decay(terms.beta1, t), b2 = rite_decay(terms.beta2, t);
-  double mass = args.escaped[f];
+  if (thread == 0) {
+    double own = 0;
+    for (int k = 0; k < n; ++k) own += args.grams[f * square + k * n + k];
+    const bool large = terms.skip_rms > 0 && own > terms.skip_rms * terms.skip_rms * args.rows[f] * n;
+    // In shared memory, so that no register holds them through the Jacobi method.
+    const int64_t t = args.steps[f] + 1;
+    const double clip = terms.clip > 0 && norm > terms.clip ? terms.clip / norm : 1.0;
+    const double share = own == 0 || large ? 0.0 : clip, b2 = rite_decay(terms.beta2, t);
+    memory.share = share;
+    memory.b1 = rite_decay(terms.beta1, t);
+    memory.keep = terms.sum_second ? 1.0 : b2;
+    memory.add = share * share * (terms.sum_second ? 1.0 : (1 - b2) / args.rows[f]);
+    memory.mass = args.escaped[f];
+  }
   for (int k = thread; k < n; k += block.num_threads) memory.before[k] = args.second[f * n + k];
   __syncthreads();
-  const double* const p = args.transport + other;
-  const double keep = terms.sum_second ? 1.0 : b2;
-  const double add = share * share * (terms.sum_second ? 1.0 : (1 - b2) / args.rows[f]);
   // One copy of the Jacobi method's code for both uses; the first is of the carried moment alone.
   for (int pass = terms.escaped_mass ? 0 : 1; pass < 2; ++pass) {
-    carry_second(block, p, memory.before);
+    carry_second(block, args.transport + (f ^ 1) * square, memory.before);
     if (pass == 1) {
+      const double* const gram = args.grams + f * square;
       block.each([&](int i, int j) {
-        double& x = block.a[i * stride + j];
-        x = keep * x + add * 0.5 * (gram[i * n + j] + gram[j * n + i]);
+        double& x = block.a[i * block.stride + j];
+        x = memory.keep * x + memory.add * 0.5 * (gram[i * n + j] + gram[j * n + i]);
       });
       __syncthreads();
     }
     const double least = 1e-32 * block.largest_diagonal();
     __syncthreads();
     jacobi_block(block.a, block.v, n, least, memory.jacobi);
-    if (pass == 0) mass = (mass + escaped_now(block, memory)) * (terms.sum_second ? 1.0 : b2);
+    if (pass == 0) {
+      const double drop = escaped_now(block, memory);
+      if (thread == 0) memory.mass = (memory.mass + drop) * memory.keep;
+    }
   }
-  for (int k = thread; k < n; k += block.num_threads) memory.values[k] = fmax(0.0, block.a[k * stride + k]);
+  for (int k = thread; k < n; k += block.num_threads) memory.values[k] = fmax(0.0, block.a[k * block.stride + k]);
   __syncthreads();
   double largest = 0;
   for (int k = 0; k < n; ++k) largest = fmax(largest, memory.values[k]);
-  largest = sqrt(largest + mass);
+  largest = sqrt(largest + memory.mass);
+  const double unscale = args.grad_scale == nullptr ? 1.0 : *args.grad_scale;
+  // Once per column, before the loops over elements: a root and a quotient are calls.
+  double* const factors = memory.partial;
+#pragma unroll 1
+  for (int j = thread; j < n; j += block.num_threads) {
+    const double root = sqrt(memory.values[j] + memory.mass);
+    const double bottom = root + (terms.relative_eps ? terms.eps * largest : terms.eps);
+    factors[j] = bottom > 0 ? memory.share * unscale * (1 - memory.b1) / bottom : 0.0;
+  }
   // a <- whiten E: its eigenvalues are in `values`. Row j of v is column j of E.
-  double* const w = args.whiten + other;
+  const int64_t at = f * square;
+  double* const w = args.whiten + (f ^ 1) * square;
+  const double* const p = args.transport + (f ^ 1) * square;
   block.each([&](int i, int j) {
     double turned = 0, carried = 0;
     for (int k = 0; k < n; ++k) {
-      turned += w[i * n + k] * block.v[j * stride + k];
-      carried += p[k * n + i] * block.v[j * stride + k];
+      turned += w[i * n + k] * block.v[j * block.stride + k];
+      carried += p[k * n + i] * block.v[j * block.stride + k];
     }
-    block.a[i * stride + j] = turned;
-    args.carry[at + i * n + j] = b1 * carried;
+    block.a[i * block.stride + j] = turned;
+    args.carry[at + i * n + j] = memory.b1 * carried;
   });
   __syncthreads();
-  const double rate = args.lr[f], unscale = args.grad_scale == nullptr ? 1.0 : *args.grad_scale;
+  const double rate = args.lr[f];
   block.each([&](int i, int j) {
-    const double root = sqrt(memory.values[j] + mass);
-    const double bottom = root + (terms.relative_eps ? terms.eps * largest : terms.eps);
-    const double turned = block.a[i * stride + j];
-    args.take[at + i * n + j] = bottom > 0 ? turned * (share * unscale * (1 - b1) / bottom) : 0.0;
+    const double turned = block.a[i * block.stride + j];
+    args.take[at + i * n + j] = turned * factors[j];
     args.apply[at + j * n + i] = rate * turned;
     w[i * n + j] = turned;
   });
   for (int k = thread; k < n; k += block.num_threads) args.second[f * n + k] = memory.values[k];
   if (thread == 0) {
     args.shrink[f] = 1 - rate * terms.weight_decay;
-    args.escaped[f] = mass;
+    args.escaped[f] = memory.mass;
     args.steps[f] += 1;
   }
 }

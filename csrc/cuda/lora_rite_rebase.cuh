@@ -108,6 +108,7 @@ __global__ void __launch_bounds__(kRiteMaxThreads) lora_rite_rebase_kernel(Rebas
     jacobi_block(block.a, block.v, n, least, memory.jacobi);
     const double cut = (was_exact ? args.tolerance * args.tolerance : kEquilibrated) * block.largest_diagonal();
     kept_all = true;
+#pragma unroll 1
     for (int k = 0; k < n; ++k) {
       const double value = block.a[k * stride + k];
       kept_all = kept_all && value > cut;
