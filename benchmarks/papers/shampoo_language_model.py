@@ -35,7 +35,7 @@ from effkern.train.schedules import learning_rate
 
 VOCAB, LENGTH, ROWS = 1024, 64, 8
 METHODS = ("adamw", "muon", "one-sided", "two-sided")
-RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128)
 
 
 def decoder(a: argparse.Namespace, seed: int) -> Decoder:

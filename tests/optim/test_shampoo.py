@@ -121,6 +121,20 @@ def test_bfloat16_weights_have_float32_state():
     assert (state["left"][0].double() - factor).norm() <= 1e-6 * factor.norm()
 
 
+def test_dtypes_may_be_mixed():
+    """Parameters of one shape and three dtypes: each steps as it would alone."""
+    kinds = (torch.float32, torch.bfloat16, torch.float64, torch.float32)
+    w = [nn.Parameter(torch.randn(4, 6).to(dtype)) for dtype in kinds]
+    copies = [nn.Parameter(p.detach().clone()) for p in w]
+    together, alone = Shampoo(w, lr=0.1), [Shampoo([c], lr=0.1) for c in copies]
+    for _ in range(3):
+        for p, c in zip(w, copies):
+            p.grad = c.grad = torch.randn(4, 6).to(p.dtype)
+        for o in (together, *alone):
+            o.step()
+    assert all(torch.equal(p, c) for p, c in zip(w, copies))
+
+
 def test_absent_gradients():
     """A parameter without gradient stays, with its state and its count of steps; the others of its batch go on."""
     weights, optimizer, twins = make(options("no grafting"))

@@ -1,6 +1,7 @@
 """Shampoo as a torch.optim.Optimizer."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from effkern.optim.shampoo import step as steps
-from effkern.optim.shampoo.adamw import adamw_
+from effkern.optim.shampoo.adamw import adamw_, is_fused
 from effkern.optim.shampoo.blocks import is_matrix
 from effkern.optim.shampoo.failures import Watch
 from effkern.optim.shampoo.options import Frequency, check_group, check_parameter
@@ -65,7 +66,8 @@ class Shampoo(torch.optim.Optimizer):
 
     Failures: a block whose gradient is not finite keeps factor, root, momentum and weight; a root that fails leaves the
     one before. Either warns once with the parameter's name and raises RuntimeError after max_failures in a row. On the
-    CPU counters are read after each step; on a device every check_every steps, without waiting for it.
+    CPU counters are read after each step; on a device every check_every steps, without waiting for it. Parameters that
+    AdamW steps have no such guard.
 
     State: momentum (second moment) in float32 and 2 p^2 float32 per block and side; float64 for float64 parameters.
     Memory beside it: one batch of blocks at most; for sharded parameters see docs/shampoo.md. DTensors may be cut along
@@ -215,7 +217,8 @@ class Shampoo(torch.optim.Optimizer):
             steps.refresh(work)
             steps.update(work)
             watch = self._watches.setdefault(number, Watch())
-            watch.check(steps.counters(plan), group["max_failures"], group["check_every"])
+            on_cpu = all(e.parameter.device.type == "cpu" for e in work.live)
+            watch.check(partial(steps.counters, plan), on_cpu, group["max_failures"], group["check_every"])
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -246,13 +249,18 @@ class Shampoo(torch.optim.Optimizer):
                 group = {**self.param_groups[number], **state_dict["param_groups"][number]}
                 self._check_state(group, parameter, self._name(number, index), state_dict["state"].get(key, {}))
         super().load_state_dict(state_dict)
-        for key, (_, _, parameter) in zip(saved, own):
+        for key, (number, _, parameter) in zip(saved, own):
             # torch casts state to the parameter's dtype, which would round float32 factors of bfloat16 parameters.
             for name, value in state_dict["state"].get(key, {}).items():
                 if isinstance(value, Tensor):
-                    where = value.device if name == "step" else parameter.device
+                    where = self._step_device(number, parameter) if name == "step" else parameter.device
                     self.state[parameter][name] = value.detach().to(where).clone()
         self._reset()
+
+    def _step_device(self, number: int, parameter: Tensor) -> torch.device:
+        """Where the count of steps is: for Shampoo on the CPU, for fused AdamW beside the parameter."""
+        beside = not self.uses_shampoo(self.param_groups[number], parameter) and is_fused(parameter)
+        return parameter.device if beside else torch.device("cpu")
 
     def _check_state(self, group: dict[str, Any], parameter: Tensor, name: str, state: dict[str, Any]) -> None:
         if not state:
