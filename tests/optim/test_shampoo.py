@@ -15,7 +15,7 @@ from tests.optim.shampoo_literal import Literal, LiteralAdamW
 DEFAULTS = {
     "lr": 0.05, "betas": (0.9, 0.8), "side": "auto", "exponents": None, "accumulation": "ema", "bias_correction": True,
     "weight_decay": 0.1, "grafting": "rms", "graft_scale": 0.2, "ridge": 1e-4, "pseudo_inverse": None,
-    "block_size": 1024, "precondition_frequency": 1, "start_step": 1, "eps": 1e-8,
+    "adamw_betas": (0.8, 0.9), "block_size": 1024, "precondition_frequency": 1, "start_step": 1, "eps": 1e-8,
 }  # fmt: skip
 # Square, wide, tall, a convolution, vectors and a scalar.
 SHAPES = [(5, 5), (4, 9), (4, 9), (9, 4), (6, 3, 2, 2), (7,), (1, 8), ()]

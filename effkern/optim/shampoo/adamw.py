@@ -24,7 +24,7 @@ def adamw_(group: dict[str, Any], parameters: list[tuple[Tensor, dict[str, Any]]
         if "exp_avg" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
             state["exp_avg"], state["exp_avg_sq"] = (same_device_zeros(p, p.dtype) for _ in range(2))
-    beta1, beta2 = group["betas"]
+    beta1, beta2 = group["adamw_betas"]
     adamw(
         [local(p.detach()) for p, _ in live],
         [local(p.grad) for p, _ in live if p.grad is not None],

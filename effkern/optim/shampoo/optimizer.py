@@ -39,7 +39,7 @@ class Shampoo(torch.optim.Optimizer):
     Args:
         params: parameters, named parameters, or groups with options of their own; float32/bfloat16/float16/float64.
         lr: >= 0, a number or a tensor of one number.
-        betas: of M (0: no momentum is kept) and of L and R; both also AdamW's.
+        betas: of M (0: no momentum is kept) and of L and R.
         side: "auto" (the smaller one, left where they are equal), "left", "right" or "both".
         exponents: (a, b), or one number for the sides in use. None: 1/2 on one side, 1/4 on both, 1/2 on both with
             "kl". Other sums than that are allowed, with a warning.
@@ -58,6 +58,7 @@ class Shampoo(torch.optim.Optimizer):
         rule: "auto" gives Shampoo what has two rows and two columns at least and AdamW the rest; "shampoo" refuses the
             rest; "adamw" gives everything to AdamW.
         root_method: of effkern.ops.shampoo.inverse_root.
+        adamw_betas: of what AdamW steps; the second also of grafting's second moment.
         eps: of AdamW and of grafting.
         max_failures, check_every: below.
         root_group: a group of processes that hold the same factors (torch.distributed.group.WORLD under DDP): each
@@ -85,7 +86,7 @@ class Shampoo(torch.optim.Optimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.95),
+        betas: tuple[float, float] = (0.9, 0.8),
         *,
         side: Literal["auto", "left", "right", "both"] = "auto",
         exponents: float | tuple[float, float] | None = None,
@@ -101,6 +102,7 @@ class Shampoo(torch.optim.Optimizer):
         start_step: int = 1,
         rule: Literal["auto", "shampoo", "adamw"] = "auto",
         root_method: Literal["auto", "rational", "eigh", "polar_express", "gram_ns", "coupled_newton"] = "auto",
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         max_failures: int = 3,
         check_every: int = 10,
@@ -112,7 +114,7 @@ class Shampoo(torch.optim.Optimizer):
             "bias_correction": bias_correction, "weight_decay": weight_decay, "grafting": grafting,
             "graft_scale": graft_scale, "ridge": ridge, "pseudo_inverse": pseudo_inverse, "block_size": block_size,
             "precondition_frequency": precondition_frequency, "start_step": start_step, "rule": rule,
-            "root_method": root_method, "eps": eps, "max_failures": max_failures,
+            "root_method": root_method, "adamw_betas": adamw_betas, "eps": eps, "max_failures": max_failures,
             "check_every": check_every,
         }  # fmt: skip
         self._reset()
