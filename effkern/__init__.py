@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import Any
 
+from effkern.ops.batched_eigh import BatchedEigh, batched_eigh
 from effkern.ops.distill import (
     DistillResult,
     DistillStats,
@@ -25,6 +26,7 @@ from effkern.ops.token_stats import LabelStats, token_stats
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchedEigh",
     "DistillResult",
     "DistillStats",
     "LabelStats",
@@ -40,6 +42,7 @@ __all__ = [
     "TeacherSimilarity",
     "TeacherTopK",
     "__version__",
+    "batched_eigh",
     "distributed",
     "laurel_residual",
     "linear_distill_loss",

@@ -4,11 +4,26 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
+    "LoRAMuon": "effkern.optim.lora",
+    "LoRARite": "effkern.optim.lora",
+    "LoraOptimizer": "effkern.optim.lora",
+    "LoraPair": "effkern.optim.lora",
     "OneSidedShampoo": "effkern.optim.shampoo",
+    "ScaledAdam": "effkern.optim.lora",
     "Shampoo": "effkern.optim.shampoo",
+    "find_pairs": "effkern.optim.lora",
 }
 
-__all__ = ["OneSidedShampoo", "Shampoo"]
+__all__ = [
+    "LoRAMuon",
+    "LoRARite",
+    "LoraOptimizer",
+    "LoraPair",
+    "OneSidedShampoo",
+    "ScaledAdam",
+    "Shampoo",
+    "find_pairs",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -211,6 +211,43 @@ class RunConfig:
         )
 
 
+LORA_OPTIMIZERS = ("lora_rite", "adamw", "lora_muon", "scaled_adam")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Adapters on a trained model instead of all weights of a new one; rank 0: none (`effkern finetune` sets them)."""
+
+    checkpoint: str = ""
+    """The trained model: a run directory (its newest checkpoint) or one step directory."""
+    rank: int = 0
+    alpha: float = 16.0
+    """W' = W + (alpha / rank) B A."""
+    dropout: float = 0.0
+    targets: str = "qkv,out,gate_up,down"
+    """Layers that get an adapter, by the end of their names, with commas between."""
+    optimizer: str = "lora_rite"
+    """lora_rite, adamw, lora_muon or scaled_adam."""
+    lr_ratio: float = 1.0
+    """Learning rate of B over that of A (LoRA+)."""
+    train_A: bool = True
+    """False: A stays as it starts (LoRA-FA)."""
+
+    def __post_init__(self) -> None:
+        _require("lora", "rank", self.rank >= 0, "be at least 0", self.rank)
+        _require("lora", "alpha", self.alpha > 0, "be positive", self.alpha)
+        _require("lora", "dropout", 0 <= self.dropout < 1, "be in [0, 1)", self.dropout)
+        _require("lora", "lr_ratio", self.lr_ratio > 0, "be positive", self.lr_ratio)
+        known = self.optimizer in LORA_OPTIMIZERS
+        _require("lora", "optimizer", known, f"be one of {LORA_OPTIMIZERS}", self.optimizer)
+        one = (self.rank > 0) == bool(self.checkpoint)
+        _require("lora", "checkpoint", one, f"be given exactly where lora.rank={self.rank} is not 0", self.checkpoint)
+
+    @property
+    def target_names(self) -> list[str]:
+        return [name.strip() for name in self.targets.split(",") if name.strip()]
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One run of `effkern train`."""
@@ -221,6 +258,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         fits = self.data.seq_len <= self.model.max_seq_len
@@ -240,5 +278,5 @@ _FREE_RUN_FIELDS = (
 )
 # A run may be resumed with other values of these: they cannot change what is computed.
 # The paths may move; the hashes of what they point to are compared instead.
-_FREE_PATHS = ("data.path", "teacher.checkpoint", "teacher.cache")
+_FREE_PATHS = ("data.path", "teacher.checkpoint", "teacher.cache", "lora.checkpoint")
 FREE_ON_RESUME = frozenset((*(f"run.{name}" for name in _FREE_RUN_FIELDS), *_FREE_PATHS))
