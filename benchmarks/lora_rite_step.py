@@ -3,8 +3,8 @@
     python -m benchmarks.lora_rite_step [--parts time state invariance] [--rounds N] [--threads N] [--json [FILE]]
         [--port FOLDER]
 
-time and state: P pairs of 1024 x 1024, float32, all variants on the same gradients, in turn. invariance: two pairs with
-the same product, A B^T and (A Q)(B Q^-T)^T, take the same gradients of the product; printed is the relative difference of
+time and state: P pairs of 1024 x 1024, float32, all variants on the same gradients, in turn. invariance: two pairs of
+one product, A B^T and (A Q)(B Q^-T)^T, take the same gradients of the product; printed is the relative difference of
 what 1 and 20 steps do to it. `floor`: the float64 reference on factors and gradients that are rounded to float32 before
 every step, which is the best that any float32 optimizer can be given. `ours / floor` is the ratio for float32.
 
@@ -84,7 +84,7 @@ def state_bytes(optimizer: Any) -> int:
             for item in value.values():
                 visit(item)
 
-    visit({i: entry for i, entry in enumerate(optimizer.state.values())})
+    visit(dict(enumerate(optimizer.state.values())))
     return sum(seen.values())
 
 
@@ -159,7 +159,9 @@ def by_reference(path: Descent, A: Tensor, B: Tensor, rounded: bool) -> list[Ten
     return found
 
 
-def by_optimizer(path: Descent, A: Tensor, B: Tensor, make: Callable[[list[nn.Parameter]], Any], dtype: torch.dtype) -> list[Tensor]:
+def by_optimizer(
+    path: Descent, A: Tensor, B: Tensor, make: Callable[[list[nn.Parameter]], Any], dtype: torch.dtype
+) -> list[Tensor]:
     # Copies: a step writes them.
     flat = [nn.Parameter(x.to(dtype).clone(memory_format=torch.contiguous_format)) for x in (A.T, B)]
     optimizer = make(flat)
@@ -202,7 +204,8 @@ def invariance(port: Any, rows: int = 256, rank: int = 16) -> list[dict[str, Any
         Q = change(name, rank)
         A, B = path.A @ Q, torch.linalg.solve(Q, path.B.T).T
         errors = {
-            way: [((x - y).norm() / y.norm()).item() for x, y in zip(run(A, B), plain[way])] for way, run in ways.items()
+            way: [((x - y).norm() / y.norm()).item() for x, y in zip(run(A, B), plain[way])]
+            for way, run in ways.items()
         }
         ratio = [ours / floor for ours, floor in zip(errors["LoRARite"], errors["floor"])]
         cells = [f"{e:.1e}" for way in ways for e in errors[way]] + [f"{r:.2f}" for r in ratio]
