@@ -68,6 +68,22 @@ def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, warmup
     }
 
 
+def keep_memory() -> None:
+    """From now on malloc keeps what is freed (glibc; elsewhere nothing happens).
+
+    Left alone it gives results of some MiB back to the system or not, as the variants before happened to leave the
+    heap, and a page fault for each 4 KiB (1 to 14 us on a virtual machine) costs more than many a variant's work.
+    """
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mmap_threshold, trim_threshold = -3, -1
+        # malloc takes no larger threshold than this one for mapping; a trim threshold of -1 is none.
+        mallopt(mmap_threshold, 1 << 25)
+        mallopt(trim_threshold, -1)
+
+
 def peak_memory(prepare: Callable[[], Callable[[], object]]) -> int:
     """Bytes by which one call of what `prepare` returns raises the resident memory of this process, at its peak.
 

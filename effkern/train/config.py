@@ -65,9 +65,48 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with linear warm-up and a cosine to lr * min_lr_ratio. No restart at the switch of stages."""
+class ShampooConfig:
+    """Shampoo of the matrices inside the layers (effkern.optim.Shampoo); everything else stays AdamW's."""
 
+    side: Literal["auto", "left", "right", "both"] = "auto"
+    """auto: the smaller side of each matrix, exponent -1/2. both: exponents -1/4."""
+    lr_ratio: float = 1.0
+    """Learning rate of these matrices, as a multiple of optimizer.lr. With grafting="rms" a step has a root mean square
+    of 0.2 times its learning rate, as AdamW's has about, so that 1 is the place to start from."""
+    beta2: float = 0.95
+    """Of the factors."""
+    ridge: float = 1e-6
+    """Added to the factors, relative to their largest eigenvalue."""
+    grafting: Literal["none", "rms", "sgd", "adagrad", "rmsprop", "adam"] = "rms"
+    precondition_frequency: int = 1
+    """Steps between two roots."""
+    start_step: int = 1
+    """First step with preconditioner."""
+    block_size: int = 1024
+    """Matrices are cut into blocks of at most this size along preconditioned sides."""
+
+    def __post_init__(self) -> None:
+        name = "optimizer.shampoo"
+        _require(
+            name, "side", self.side in ("auto", "left", "right", "both"), "be auto, left, right or both", self.side
+        )
+        grafts = ("none", "rms", "sgd", "adagrad", "rmsprop", "adam")
+        _require(name, "grafting", self.grafting in grafts, f"be one of {grafts}", self.grafting)
+        _require(name, "lr_ratio", self.lr_ratio > 0, "be positive", self.lr_ratio)
+        _require(name, "beta2", 0 <= self.beta2 < 1, "be in [0, 1)", self.beta2)
+        _require(name, "ridge", self.ridge >= 0, "be at least 0", self.ridge)
+        for field_ in ("precondition_frequency", "start_step", "block_size"):
+            _require(name, field_, getattr(self, field_) >= 1, "be at least 1", getattr(self, field_))
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, or Shampoo for matrices, with linear warm-up and a cosine to lr * min_lr_ratio.
+
+    No restart at the switch of stages.
+    """
+
+    name: Literal["adamw", "shampoo"] = "adamw"
     lr: float = 1e-3
     min_lr_ratio: float = 0.1
     warmup_steps: int = 20
@@ -78,8 +117,11 @@ class OptimizerConfig:
     """Of matrices; the embedding and 1-d parameters have none."""
     clip_norm: float = 1.0
     """Largest norm of the whole gradient; 0 does not clip."""
+    shampoo: ShampooConfig = field(default_factory=ShampooConfig)
+    """Used with name = "shampoo"."""
 
     def __post_init__(self) -> None:
+        _require("optimizer", "name", self.name in ("adamw", "shampoo"), "be adamw or shampoo", self.name)
         for name in ("lr", "eps"):
             _require("optimizer", name, getattr(self, name) > 0, "be positive", getattr(self, name))
         for name in ("beta1", "beta2"):

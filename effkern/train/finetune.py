@@ -41,9 +41,9 @@ def build_lora_optimizer(model: nn.Module, lora: LoraConfig, config: OptimizerCo
     betas = (config.beta1, config.beta2)
     if lora.optimizer == "adamw":
         factors = [layer.factors() for layer in lora_layers(model).values()]
-        groups = [{"params": [B for _, B in factors], "lr_scale": lora.lr_ratio}]
+        groups = [{"params": [B for _, B in factors], "lr_ratio": lora.lr_ratio}]
         if lora.train_A:
-            groups.insert(0, {"params": [A for A, _ in factors], "lr_scale": 1.0})
+            groups.insert(0, {"params": [A for A, _ in factors], "lr_ratio": 1.0})
         return torch.optim.AdamW(
             groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
         )

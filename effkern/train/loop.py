@@ -20,7 +20,7 @@ from effkern.train.device import choose_device, choose_precision, set_threads
 from effkern.train.evaluate import EvalResult, evaluate
 from effkern.train.lock import RunLock
 from effkern.train.log import RunLog, read_log
-from effkern.train.optimizer import build_optimizer
+from effkern.train.optimizer import build_optimizer, parameter_report
 from effkern.train.progress import Reporter, reporter_for
 from effkern.train.restore import Inputs, RunState, Stored, check_same_run, load_teacher, restore, snapshot
 from effkern.train.schedules import learning_rate, omega_at, teacher_steps
@@ -94,7 +94,8 @@ class Trainer:
         self.teacher: Decoder | None = None
         self.cached: CachedTeacher | None = None
         self.stage_one = teacher_steps(config.schedule)
-        self._notes: list[str] = []
+        self.groups = parameter_report(self.model, self.optimizer)
+        self._notes: list[str] = self.groups if config.optimizer.name != "adamw" else []
         self._saved_step = -1
 
     def _model(self) -> Decoder:
@@ -154,6 +155,8 @@ class Trainer:
         rate_ema = 0.0
         if state.step == 0:
             log.write("eval", 0, self.validate())
+            if config.optimizer.name != "adamw":
+                log.write("groups", 0, {"lines": self.groups})
         while state.step < config.schedule.steps and stop.signum is None:
             step = state.step
             if (self.teacher or self.cached) is not None and step >= self.stage_one:
