@@ -15,10 +15,10 @@ _KEYS = ("step", "v_l", "v_r", "m_l", "m_r", "basis_l", "basis_r", "escape_l", "
 def import_port_state(optimizer: LoRARite, state_dict: Mapping[str, Any]) -> None:
     """Take moments, bases and step counts from a state_dict of pytorch_optimizer's LoRARite (checked with 4.1.0).
 
-    The parameters must hold the values of the same moment, and the pairs stand in the same order, A before B, as matrices
-    A [r, n] and B [m, r] (its lora_l_dim=0, lora_r_dim=-1). Its V in any basis becomes eigenvalues in a turned one, its M
-    turns with it, and its stored bases give the transport to the bases of the present factors, so that the next
-    step is the one that the port would have made, rounding apart. Options and learning rates are not taken over.
+    The parameters must hold the values of the same moment, and the pairs stand in the same order, A before B, as
+    matrices A [r, n] and B [m, r] (its lora_l_dim=0, lora_r_dim=-1). Its V in any basis becomes eigenvalues in a turned
+    one, its M turns with it, and its stored bases give the transport to the bases of the present factors, so that the
+    next step is the one that the port would have made, rounding apart. Options and learning rates are not taken over.
 
     Raises:
         ValueError: another number of pairs, missing entries, other shapes, or factors that are no matrices of that
@@ -40,15 +40,11 @@ def import_port_state(optimizer: LoRARite, state_dict: Mapping[str, Any]) -> Non
             raise ValueError(f"import_port_state: state of {pair.name} must have {_KEYS}, got {sorted(entry)}")
         rank, rows = pair.rank, (pair.A.shape[1], pair.B.shape[0])
         for side, count in zip("lr", rows):
-            for key, shape in (
-                (f"m_{side}", (count, rank)),
-                (f"basis_{side}", (count, rank)),
-                (f"v_{side}", (rank, rank)),
-            ):
-                if tuple(entry[key].shape) != shape:
-                    raise ValueError(
-                        f"import_port_state: {key} of {pair.name} must have shape {shape}, got {tuple(entry[key].shape)}"
-                    )
+            shapes = {f"m_{side}": (count, rank), f"basis_{side}": (count, rank), f"v_{side}": (rank, rank)}
+            for key, shape in shapes.items():
+                got = tuple(entry[key].shape)
+                if got != shape:
+                    raise ValueError(f"import_port_state: {key} of {pair.name} must have shape {shape}, got {got}")
         entries[id(pair.A)] = entry
     optimizer.rebuild()
     for _, run in optimizer._prepared():
