@@ -143,7 +143,7 @@ class LoRARite(LoraOptimizer):
         for number, run in self._prepared():
             runs.refresh(run, range(len(run.layouts)))
             self._rebuild(run, list(range(len(run.layouts))), self._options(number), keep_moments)
-            run.seen = runs.versions(run.layouts)
+            run.seen = run.versions()
 
     def _options(self, number: int) -> RiteOptions:
         group = self.param_groups[number]
@@ -170,29 +170,34 @@ class LoRARite(LoraOptimizer):
     def _prepared(self) -> list[tuple[int, Run]]:
         """Runs over the present parameters: made anew after a load, rebuilt where a parameter was written."""
         if self._runs is not None:
-            moved = any([v[1] for v in runs.versions(run.layouts)] != [v[1] for v in run.seen] for _, run in self._runs)
-            if moved:
-                # Other memory: the views are those of the old one.
-                self._runs = None
+            seen = [(number, run, run.versions()) for number, run in self._runs]
+            for number, run, now in seen:
+                if now == run.seen:
+                    continue
+                if any(a[1] != b[1] for a, b in zip(now, run.seen)):
+                    # Other memory: the views are those of the old one.
+                    self._runs = None
+                    break
+                written = [i for i, (a, b) in enumerate(zip(now, run.seen)) if a != b]
+                runs.refresh(run, written)
+                self._rebuild(run, written, self._options(number))
+                run.seen = now
         if self._runs is None:
             self._runs = runs.make_runs([self.pairs(group) for group in self.param_groups], self.state)
             for number, run in self._runs:
                 stale = runs.stale_masters(run)
                 runs.refresh(run, stale)
-                self._rebuild(run, sorted({*stale, *runs.fresh_factors(run, self._impl(run))}), self._options(number))
-                run.seen = runs.versions(run.layouts)
-            return self._runs
-        for number, run in self._runs:
-            now = runs.versions(run.layouts)
-            written = [i for i, (a, b) in enumerate(zip(now, run.seen)) if a != b]
-            if written:
-                runs.refresh(run, written)
-                self._rebuild(run, written, self._options(number))
-                run.seen = now
+                fresh = runs.fresh_factors(run, self._impl(run))
+                self._rebuild(run, sorted({*stale, *fresh}), self._options(number))
+                run.seen = run.versions()
         return self._runs
 
     def _grads(self, number: int, run: Run) -> list[Tensor | None]:
         """A gradient for each factor, zeros for a frozen one, None for both of a pair that is left out."""
+        if run.direct:
+            plain = [x.grad for x in run.params if x.requires_grad and x.grad is not None]
+            if len(plain) == len(run.params) and all(grad.layout is torch.strided for grad in plain):
+                return [grad.T if turned else grad for turned, grad in zip(run.turned, plain)]
         present = {id(pair.A) for pair in self.active(self.param_groups[number])}
         grads: list[Tensor | None] = []
         for i, layout in enumerate(run.layouts):
@@ -268,8 +273,8 @@ class LoRARite(LoraOptimizer):
             )
         for _, run, _, places in work:
             runs.publish(run, places)
-            torch.autograd.graph.increment_version([runs.local_of(run.layouts[i].param) for i in places])
-            run.seen = runs.versions(run.layouts)
+            torch.autograd.graph.increment_version([run.locals[i] for i in places])
+            run.seen = run.versions()
         return loss
 
     def _common_impl(self, work: list[Run]) -> str:

@@ -51,15 +51,23 @@ class Run:
     zeros: dict[int, Tensor] = field(default_factory=dict)
     """Gradients of frozen factors."""
 
+    def __post_init__(self) -> None:
+        self.params = [layout.param for layout in self.layouts]
+        self.locals = [local_of(layout.param) for layout in self.layouts]
+        # A gradient of such a factor is the matrix that the kernels read, or its transpose.
+        self.turned = [(x.rank_dim == 0) != x.wide for x in self.layouts]
+        self.direct = all(x.placements is None and x.param.dim() == 2 for x in self.layouts)
+
+    def versions(self) -> list[tuple[int, int]]:
+        """What changes when somebody writes to a parameter or gives it other memory (`.data` writes count nowhere)."""
+        if not self.direct:
+            self.locals = [local_of(layout.param) for layout in self.layouts]
+        return [(x._version, x.data_ptr()) for x in self.locals]
+
     @property
     def impl(self) -> str:
         """Where the kernels cannot go, the plain form of the same steps."""
         return "plain" if self.group.rank > MAX_RANK or any(x.numel() == 0 for x in self.group.factors) else "auto"
-
-
-def versions(layouts: Iterable[Layout]) -> list[tuple[int, int]]:
-    """What changes when somebody writes to a parameter or gives it other memory (`.data` writes count nowhere)."""
-    return [(x._version, x.data_ptr()) for x in (local_of(layout.param) for layout in layouts)]
 
 
 def new_state(layout: Layout, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
