@@ -65,7 +65,7 @@ def picture(benchmark: str, cases: dict[str, dict[str, Any]], path: Path) -> boo
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_xscale("log")
     axes.set_yticks(range(len(drawn)), [title(case) for case, _, _ in drawn], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(drawn) - 0.5, -0.5)
     axes.set_xlabel("wall time over ours (left of 1: faster than ours)")
     axes.set_title(benchmark)
     axes.grid(axis="x", which="both", linewidth=0.3)
