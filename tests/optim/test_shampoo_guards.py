@@ -253,6 +253,8 @@ BAD_OPTIONS = [
     ({"lr": torch.ones(2)}, r"lr must have one element where it is a tensor, got \(2,\)"),
     ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
     ({"ridge": math.nan}, r"ridge must be at least 0, got nan"),
+    ({"graft_scale": 0.0}, r"graft_scale must be positive and finite, got 0.0"),
+    ({"adamw_betas": (0.9, 1.0)}, r"adamw_betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
     ({"pseudo_inverse": 2.0}, r"pseudo_inverse must be None or a share .* got 2.0"),
     ({"block_size": 0}, r"block_size must be a whole number of at least 1, got 0"),
     ({"max_failures": True}, r"max_failures must be a whole number of at least 1, got True"),
