@@ -197,6 +197,30 @@ def test_state_is_small():
         assert sum(t.numel() * t.element_size() for t in state) <= limit * 4 * (A.numel() + B.numel())
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_without_a_host_read():
+    """Steps with a falling rate, a loss scale and a NaN, while any wait for the device raises; the CPU's values."""
+    on_cpu, on_gpu = [[one(m=70, n=90, r=8, dtype=torch.float32, seed=s) for s in (1, 5)] for _ in "12"]
+    on_gpu = [p.cuda() for p in on_gpu]
+    optimizers = [LoRARite(pairs_of(x), lr=0.05, escaped_mass=True) for x in (on_cpu, on_gpu)]
+    grads = [[p.gradients(p.A.detach(), p.B.detach(), step) for p in on_cpu] for step in range(6)]
+    grads[3][0][0][0, 0] = torch.nan
+    moved = [[tuple(g.cuda() for g in both) for both in step] for step in grads]
+    for step in range(6):
+        for problems, optimizer, given in ((on_cpu, optimizers[0], grads), (on_gpu, optimizers[1], moved)):
+            for p, both in zip(problems, given[step]):
+                p.A.grad, p.B.grad = both
+            for group in optimizer.param_groups:
+                group["lr"] = 0.05 / (step + 1)
+            torch.cuda.set_sync_debug_mode("error" if step and problems is on_gpu else "default")
+            optimizer.step()
+            torch.cuda.set_sync_debug_mode("default")
+    for p, q in zip(on_cpu, on_gpu):
+        torch.testing.assert_close(p.A, q.A.cpu(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(p.B, q.B.cpu(), rtol=1e-4, atol=1e-5)
+        assert int(optimizers[1].state[q.A]["step"]) == 5
+
+
 # Peers --------------------------------------------------------------------------------------------------------------
 
 
