@@ -126,6 +126,36 @@ def test_scaler_after_unscale_for_a_look_at_the_gradients():
     torch.testing.assert_close(p.B, q.B, rtol=1e-5, atol=1e-6)
 
 
+def test_float16_gradients_lose_their_scale_in_float32():
+    """1e-9 times a scale of 65536 is a float16 number; 1e-9 is not."""
+    p, q = one(dtype=torch.float16), one(dtype=torch.float32)
+    with torch.no_grad():
+        q.A.copy_(p.A)
+        q.B.copy_(p.B)
+    optimizer, plain = LoRARite(pairs_of([p]), eps=1e-12), LoRARite(pairs_of([q]), eps=1e-12)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(65536.0), torch.tensor([0.0])
+    for mine, theirs in ((p.A, q.A), (p.B, q.B)):
+        mine.grad = (normal(4, *mine.shape, scale=1e-9) * 65536).half()
+        theirs.grad = mine.grad.float() / 65536
+    optimizer.step()
+    plain.step()
+    assert optimizer.state[p.A]["exp_avg"].norm() > 1
+    torch.testing.assert_close(optimizer.state[p.B]["master"], q.B.detach())
+
+
+def test_a_group_added_in_the_middle():
+    of, alone = [one(), one(seed=5, r=2)], [one()]
+    optimizer, single = LoRARite(pairs_of(of[:1]), lr=0.05), LoRARite(pairs_of(alone), lr=0.05)
+    optimizer_steps(of[:1], optimizer, 3)
+    optimizer.add_param_group({"params": [LoraPair("later", of[1].A, of[1].B, 0, 1)], "lr": 0.1})
+    optimizer_steps(of, optimizer, 3, first=3)
+    optimizer_steps(alone, single, 6)
+    # The sizes of these gradients are below the clip, so that pairs do not meet.
+    assert torch.equal(of[0].A, alone[0].A)
+    assert torch.equal(of[0].B, alone[0].B)
+    assert [int(optimizer.state[p.A]["step"]) for p in of] == [6, 3]
+
+
 def test_a_frozen_factor_stays_and_its_partner_trains():
     """LoRA-FA. B's step is that of the pair, for A's own update is no part of it in the first step."""
     p, q = one(), one()
