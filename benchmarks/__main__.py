@@ -3,6 +3,7 @@
 python -m benchmarks run       the ops' measurements into one file, as JSON lines
 python -m benchmarks check     that file against the targets
 python -m benchmarks compare   two such files
+python -m benchmarks report    that file as one page with pictures
 """
 
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 OPS = sorted(path.stem for path in (Path(__file__).parent / "ops").glob("*.py") if path.stem != "__init__")
 
-COMMANDS = {"run": "suite", "check": "targets", "compare": "compare"}
+COMMANDS = {"run": "suite", "check": "targets", "compare": "compare", "report": "report"}
 
 
 def main(arguments: list[str]) -> int:

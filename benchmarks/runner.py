@@ -38,7 +38,8 @@ def machine() -> dict[str, Any]:
             cpu = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), cpu)
     return {
         "date": date.today().isoformat(),
-        "cpu": cpu,
+        # Not "cpu", which is a variant's process CPU time.
+        "processor": cpu,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,

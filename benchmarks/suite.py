@@ -22,12 +22,12 @@ QUICK = {
     "gemm_bf16": [""],
     "label_rank": ["--rounds=5"],
     "laurel": ["--rows=512 --ranks=32 --rounds=5"],
-    "loop_similarity": ["--rounds=5"],
+    "loop_similarity": ["--rounds=3 --dtypes=float32 --pass=both"],
     "loop_step": ["--rounds=5 --dims=768"],
     "lora_rite": ["--rounds=9"],
     "shampoo_step": ["--rounds=3"],
     "looped_linear_attention": ["--threads=1 --rounds=3"],
-    "token_stats": ["--rounds=5"],
+    "token_stats": ["--rounds=3"],
 }
 FULL = {
     "batched_eigh": [""],

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import compare, suite, targets
+from benchmarks import compare, runner, suite, targets
 
 
 def line(variant: str, wall: float, benchmark: str = "one", **case) -> str:
@@ -113,3 +113,33 @@ def test_a_run_keeps_what_other_ops_measured(tmp_path, monkeypatch, capsys):
     Done.returncode = 1
     assert command.main(["run", "--op", "distill", "--json", str(path)]) == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_a_report_holds_targets_tables_and_pictures(tmp_path, capsys):
+    path = tmp_path / "lines.jsonl"
+    both = [(name, wall, rows) for rows in (1, 8) for name, wall in (("effkern", 2e-3), ("<eager>", 6e-3))]
+    lines = []
+    for name, wall, rows in both:
+        more = {"wall_low": wall, "wall_high": wall, "cpu": wall, "date": "2026-11-22"}
+        lines.append(json.dumps(json.loads(line(name, wall, "laurel", rows=rows)) | more))
+    path.write_text("\n".join(lines))
+    assert command.main(["report", str(path), "--out", str(tmp_path / "page")]) == 0
+    text = (tmp_path / "page" / "report.md").read_text()
+    assert "| rows 8 | <eager> | 6.000 | 6.000-6.000 | 6.000 | 3.00 |" in text
+    assert "not measured" in text
+    assert (tmp_path / "page" / "laurel.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "page" / "report.html").read_text()
+    assert "&lt;eager&gt;" in page
+    assert "<eager>" not in page
+    assert page.count("data:image/png;base64,") == 1
+    path.write_text("nothing")
+    assert command.main(["report", str(path)]) == 2
+    assert "must hold result lines" in capsys.readouterr().err
+
+
+def test_a_line_says_the_variants_time_and_the_machine():
+    timing = runner.Timing(4.0, 3.0, 5.0, 2.5)
+    (text,) = runner.result_lines("one", {"rows": 1}, {"effkern": timing}, {"effkern": {"peak_mib": 7.0}})
+    found = json.loads(text)
+    assert [found[k] for k in ("wall", "wall_low", "wall_high", "cpu", "peak_mib")] == [4.0, 3.0, 5.0, 2.5, 7.0]
+    assert isinstance(found["processor"], str)

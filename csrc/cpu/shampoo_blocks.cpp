@@ -159,6 +159,11 @@ void store_row(const Block& x, int64_t r, const W* values) {
   template void mirror(W* x, int64_t n, int64_t stride);
 template <typename W>
 void mirror(W* x, int64_t n, int64_t stride) {
+#if defined(EFFKERN_HAS_BF16)
+  if constexpr (sizeof(W) == sizeof(float)) {
+    if (tiles() && n % tiles::kLanes == 0) return tiles::mirror(x, n, stride);
+  }
+#endif
   // In squares, so that the lines written stay in the first cache.
   constexpr int64_t kSquare = 16;
   for (int64_t i0 = 0; i0 < n; i0 += kSquare)

@@ -70,10 +70,11 @@ class Gram {
         const int64_t step = std::min<int64_t>(tiles::kPanel, side_ - block);
         const tiles::Panel a{panels_.get() + block * step_ + (i0 - block), step};
         const tiles::Out out{out_.get() + i0 * side_ + j0, side_};
+        const int needed = tiles::width_of_triangle(i0, j0, width);
         if (first) {
-          tiles::tile<tiles::Store::kSet>(a, b, depth, out, width);
+          tiles::tile<tiles::Store::kSet>(a, b, depth, out, needed);
         } else {
-          tiles::tile<tiles::Store::kAddScaled>(a, b, depth, out, width);
+          tiles::tile<tiles::Store::kAddScaled>(a, b, depth, out, needed);
         }
       }
     }

@@ -116,7 +116,7 @@ EFFKERN_BF16 bool invert_factor(float* s, int64_t n, int64_t stride, float* pane
           if (j == k) {
             tile<Store::kNegate>({c_ik + r, rows}, b, depth, out, width);
           } else {
-            tile<Store::kSubtract>({c_ik + r, rows}, b, depth, out, width);
+            tile<Store::kSubtract>({c_ik + r, rows}, b, depth, out, j == i ? width_of_triangle(r, 0, width) : width);
           }
         }
       }
@@ -134,7 +134,8 @@ EFFKERN_BF16 void add_gram_of_triangle(const float* w, int64_t n, int64_t stride
       for (int64_t i0 = j0; i0 < last; i0 += kRows) {
         const int64_t first = std::max(k, i0 / kPanel * kPanel);
         tile<Store::kAddScaled>({w + first * stride + i0, stride}, {w + first * stride + j0, stride}, last - first,
-                                {x + i0 * x_stride + j0, x_stride, weight}, width_at(j0, n));
+                                {x + i0 * x_stride + j0, x_stride, weight},
+                                width_of_triangle(i0, j0, width_at(j0, n)));
       }
   }
 }
@@ -146,7 +147,7 @@ EFFKERN_BF16 void add_gram_of_rows(const float* p, int64_t depth, int64_t n, int
       for (int64_t i0 = j0; i0 < n; i0 += kRows)
         tile<Store::kAddScaled>({p + k * stride + i0, stride}, {p + k * stride + j0, stride},
                                 std::min(kDepth, depth - k), {x + i0 * x_stride + j0, x_stride, weight},
-                                width_at(j0, n));
+                                width_of_triangle(i0, j0, width_at(j0, n)));
 }
 
 }  // namespace effkern::tiles

@@ -125,7 +125,7 @@ class Root {
   }
 
   Status write(W* out, Status status) {
-    mirror(x_.get(), n_, side_);
+    if (power_ == 0) mirror(x_.get(), n_, side_);
     const W factor = static_cast<W>(std::pow(options_.scale, options_.exponent));
     bool any = false;
     for (int64_t i = 0; i < n_; ++i) {

@@ -92,6 +92,30 @@ EFFKERN_BF16 inline void tile(Panel a, Panel b, int64_t depth, Out out, int widt
   }
 }
 
+// Columns of the tile of rows i0 ... i0 + 7 that the lower triangle needs, of the `width` from j0 on.
+inline int width_of_triangle(int64_t i0, int64_t j0, int width) {
+  return static_cast<int>(std::min<int64_t>(width, padded(i0 + kRows - j0)));
+}
+
+// The upper triangle of a square, from the lower one; `n` a multiple of 16.
+EFFKERN_BF16 inline void mirror(float* x, int64_t n, int64_t stride) {
+  __m512i square[kLanes];
+  for (int64_t i = 0; i < n; i += kLanes)
+    for (int64_t j = 0; j <= i; j += kLanes) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) square[r] = _mm512_loadu_si512(x + (i + r) * stride + j);
+      bf16::transpose(square);
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r)
+        if (i == j) {
+          // What lies right of the diagonal.
+          _mm512_mask_storeu_epi32(x + (j + r) * stride + i, static_cast<__mmask16>(0xfffeu << r), square[r]);
+        } else {
+          _mm512_storeu_si512(x + (j + r) * stride + i, square[r]);
+        }
+    }
+}
+
 // The panel of up to 48 rows of a float32 matrix whose sums run along the rows; `width` lines, zero beyond `rows`.
 EFFKERN_BF16 inline void pack(const float* x, int64_t stride, int rows, int width, int64_t depth, float* panel) {
   bf16::pack_wide({reinterpret_cast<const uint16_t*>(x), 2 * stride}, rows, width / kLanes, 2 * depth,

@@ -47,7 +47,7 @@ __device__ __forceinline__ void turn(T& x, T& y, T h, T s) {
 // a [n, n], full and symmetric, becomes diagonal; row k of v, from the identity, its eigenvector. `least`: magnitude at
 // or below which an element counts as zero. Called by all threads; ends with a barrier. False: not converged.
 template <typename T>
-__device__ bool jacobi_block(T* a, T* v, int n, T least, JacobiMemory<T>& memory) {
+__device__ __forceinline__ bool jacobi_block(T* a, T* v, int n, T least, JacobiMemory<T>& memory) {
   const int thread = static_cast<int>(threadIdx.x), num_threads = static_cast<int>(blockDim.x);
   const int stride = jacobi_stride(n), players = n + (n & 1), half = players / 2;
   for (int i = thread; i < n * n; i += num_threads) v[i / n * stride + i % n] = i / n == i % n ? T(1) : T(0);
@@ -56,6 +56,7 @@ __device__ bool jacobi_block(T* a, T* v, int n, T least, JacobiMemory<T>& memory
   bool converged = n < 2;
   for (int sweep = 0; sweep < kJacobiMaxSweeps && !converged; ++sweep) {
     for (int round = 0; round + 1 < players; ++round) {
+#pragma unroll 1
       for (int k = thread; k < half; k += num_threads) {
         // Place 0 stays, the others move on by one each round.
         const int x = k == 0 ? 0 : 1 + (k - 1 + round) % (players - 1);

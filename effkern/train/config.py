@@ -69,12 +69,14 @@ class ShampooConfig:
     """Shampoo of the matrices inside the layers (effkern.optim.Shampoo); everything else stays AdamW's."""
 
     side: Literal["auto", "left", "right", "both"] = "auto"
-    """auto: the smaller side of each matrix, exponent -1/2. both: exponents -1/4."""
+    """auto: the smaller side of each matrix."""
+    exponent: float = 0.0
+    """a of L^-a on each side in use; 0: 1/2 on one side, 1/4 on both."""
     lr_ratio: float = 1.0
     """Learning rate of these matrices, as a multiple of optimizer.lr. With grafting="rms" a step has a root mean square
     of 0.2 times its learning rate, as AdamW's has about, so that 1 is the place to start from."""
-    beta2: float = 0.95
-    """Of the factors."""
+    beta2: float = 0.8
+    """Of the factors; optimizer.beta1 is that of the momentum."""
     ridge: float = 1e-6
     """Added to the factors, relative to their largest eigenvalue."""
     grafting: Literal["none", "rms", "sgd", "adagrad", "rmsprop", "adam"] = "rms"
@@ -94,6 +96,7 @@ class ShampooConfig:
         _require(name, "grafting", self.grafting in grafts, f"be one of {grafts}", self.grafting)
         _require(name, "lr_ratio", self.lr_ratio > 0, "be positive", self.lr_ratio)
         _require(name, "beta2", 0 <= self.beta2 < 1, "be in [0, 1)", self.beta2)
+        _require(name, "exponent", 0 <= self.exponent <= 2, "be in [0, 2]", self.exponent)
         _require(name, "ridge", self.ridge >= 0, "be at least 0", self.ridge)
         for field_ in ("precondition_frequency", "start_step", "block_size"):
             _require(name, field_, getattr(self, field_) >= 1, "be at least 1", getattr(self, field_))

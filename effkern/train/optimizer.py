@@ -54,7 +54,7 @@ def _shampoo(
     chosen = config.shampoo
     kinds: list[tuple[list[nn.Parameter], dict[str, Any]]] = [
         ([p for p in decayed if id(p) not in beside],
-         {"rule": "shampoo", "weight_decay": config.weight_decay, "betas": (config.beta1, chosen.beta2),
+         {"rule": "shampoo", "weight_decay": config.weight_decay,
           "lr_ratio": chosen.lr_ratio}),
         ([p for p in decayed if id(p) in beside], {"rule": "adamw", "weight_decay": config.weight_decay}),
         (plain, {"rule": "adamw", "weight_decay": 0.0}),
@@ -62,8 +62,10 @@ def _shampoo(
     return Shampoo(
         [{"params": [(names[id(p)], p) for p in members], **options} for members, options in kinds if members],
         lr=config.lr,
-        betas=(config.beta1, config.beta2),
+        betas=(config.beta1, chosen.beta2),
+        adamw_betas=(config.beta1, config.beta2),
         eps=config.eps,
+        exponents=chosen.exponent or None,
         side=chosen.side,
         ridge=chosen.ridge,
         grafting=chosen.grafting,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from effkern.optim import OneSidedShampoo, Shampoo
@@ -68,16 +68,30 @@ def spoiled(grad: Tensor, case: str, step: int) -> Tensor:
 
 
 def sharded_run(case: str, mesh: DeviceMesh, dim: int) -> list[Tensor]:
+    """Cut along the last dimension of the mesh; copies along the others."""
+
     def cut(tensor: Tensor) -> DTensor:
-        return distribute_tensor(tensor, mesh, [Shard(dim if tensor.dim() == 2 else 0)])
+        copies: list[Any] = [Replicate()] * (mesh.ndim - 1)
+        return distribute_tensor(tensor, mesh, [*copies, Shard(dim if tensor.dim() == 2 else 0)])
 
     parameters = [nn.Parameter(cut(w)) for w in weights()]
-    optimizer = Shampoo(parameters, lr=0.1, root_group=mesh.get_group(), **CASES[case])
+    optimizer = Shampoo(parameters, lr=0.1, root_group=mesh.get_group(mesh.ndim - 1), **CASES[case])
     for step in range(STEPS):
         for p, grad in zip(parameters, gradients(step)):
             p.grad = cut(spoiled(grad, case, step))
         optimizer.step()
     return [p.detach().full_tensor() for p in parameters]
+
+
+def refusal(mesh: DeviceMesh) -> str:
+    """What is said of a weight that is cut along both dimensions of a mesh."""
+    w = nn.Parameter(distribute_tensor(torch.randn(4, 4), mesh, [Shard(0), Shard(1)]))
+    w.grad = torch.zeros_like(w)
+    try:
+        Shampoo([("w", w)]).step()
+    except NotImplementedError as error:
+        return str(error)
+    return "nothing"
 
 
 def model() -> nn.Module:
@@ -171,5 +185,8 @@ def work(rank: int, world: int) -> dict[str, Any]:
             found[f"{case}, shard {dim}"] = distance(sharded_run(case, mesh, dim), wanted)
     found |= data_parallel(rank, world)
     if world == 4:
+        square = DeviceMesh("cpu", [[0, 1], [2, 3]])
+        found["copies of shards"] = max(distance(sharded_run("auto", square, d), whole_run("auto")) for d in (0, 1))
+        found["cut twice"] = refusal(square)
         found |= resharding(rank, world)
     return {"shampoo": found}

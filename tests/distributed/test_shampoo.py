@@ -20,6 +20,15 @@ def test_sharded_parameters(group, case, dim):
         assert found["shampoo"][f"{case}, shard {dim}"] <= BOUND
 
 
+def test_copies_of_shards(group):
+    """A mesh of 2 x 2, copies along one dimension and shards along the other (HSDP); shards along both are refused."""
+    if len(group) != 4:
+        pytest.skip("four processes")
+    for found in group:
+        assert found["shampoo"]["copies of shards"] <= BOUND
+        assert found["shampoo"]["cut twice"].startswith("Shampoo: w must be cut along one mesh dimension by Shard, got")
+
+
 def test_data_parallel(group):
     """DDP: roots spread over the processes or taken by each; every process has the same bits."""
     for found in group:

@@ -118,8 +118,8 @@ def test_partial_fractions():
             assert ((wrong[1:] * wrong[:-1]) < 0).sum() == 2 * len(poles)
 
 
-# One number; one lane, one tile, one block of 48 and those around them; two blocks and a tail. The largest eigenvalue of
-# so flat a spectrum is found to half a percent, which moves the ridge.
+# One number; one lane, one tile, one block of 48 and those around them; two blocks and a tail. The largest eigenvalue
+# of so flat a spectrum is found to half a percent, which moves the ridge.
 @needs_cpp
 @pytest.mark.parametrize("tiles", [True, False])
 def test_sizes_cpp(tiles):

@@ -63,7 +63,7 @@ class Literal:
 
     def block(self, w, g, s):
         o, t = self.o, self.t
-        beta1, beta2 = o["betas"]
+        (beta1, beta2), graft = o["betas"], o["adamw_betas"][1]
         kind = o["accumulation"]
         left_term, right_term = g @ g.T, g.T @ g
         if kind == "kl":
@@ -88,9 +88,9 @@ class Literal:
         if o["grafting"] == "adagrad":
             s["V"] = s["V"] + g**2
         elif o["grafting"] in ("rmsprop", "adam"):
-            s["V"] = beta2 * s["V"] + (1 - beta2) * g**2
+            s["V"] = graft * s["V"] + (1 - graft) * g**2
         if o["grafting"] in ("adagrad", "rmsprop", "adam"):
-            v = s["V"] / (1 - beta2**t) if o["grafting"] == "adam" else s["V"]
+            v = s["V"] / (1 - graft**t) if o["grafting"] == "adam" else s["V"]
             other = m / (v.sqrt() + o["eps"])
         if o["grafting"] == "rms":
             other = m / m.norm() * o["graft_scale"] * math.sqrt(g.numel())
@@ -110,7 +110,7 @@ class LiteralAdamW:
 
     def step(self, grad):
         self.t += 1
-        beta1, beta2 = self.o["betas"]
+        beta1, beta2 = self.o["adamw_betas"]
         self.m = beta1 * self.m + (1 - beta1) * grad.double()
         self.v = beta2 * self.v + (1 - beta2) * grad.double() ** 2
         move = (self.m / (1 - beta1**self.t)) / ((self.v / (1 - beta2**self.t)).sqrt() + self.o["eps"])

@@ -15,7 +15,7 @@ from tests.optim.shampoo_literal import Literal, LiteralAdamW
 DEFAULTS = {
     "lr": 0.05, "betas": (0.9, 0.8), "side": "auto", "exponents": None, "accumulation": "ema", "bias_correction": True,
     "weight_decay": 0.1, "grafting": "rms", "graft_scale": 0.2, "ridge": 1e-4, "pseudo_inverse": None,
-    "block_size": 1024, "precondition_frequency": 1, "start_step": 1, "eps": 1e-8,
+    "adamw_betas": (0.8, 0.9), "block_size": 1024, "precondition_frequency": 1, "start_step": 1, "eps": 1e-8,
 }  # fmt: skip
 # Square, wide, tall, a convolution, vectors and a scalar.
 SHAPES = [(5, 5), (4, 9), (4, 9), (9, 4), (6, 3, 2, 2), (7,), (1, 8), ()]
@@ -119,6 +119,20 @@ def test_bfloat16_weights_have_float32_state():
     # The factor does not meet the weights: it is that of the gradients to float32.
     factor = twins[1].state[0]["L"]
     assert (state["left"][0].double() - factor).norm() <= 1e-6 * factor.norm()
+
+
+def test_dtypes_may_be_mixed():
+    """Parameters of one shape and three dtypes: each steps as it would alone."""
+    kinds = (torch.float32, torch.bfloat16, torch.float64, torch.float32)
+    w = [nn.Parameter(torch.randn(4, 6).to(dtype)) for dtype in kinds]
+    copies = [nn.Parameter(p.detach().clone()) for p in w]
+    together, alone = Shampoo(w, lr=0.1), [Shampoo([c], lr=0.1) for c in copies]
+    for _ in range(3):
+        for p, c in zip(w, copies):
+            p.grad = c.grad = torch.randn(4, 6).to(p.dtype)
+        for o in (together, *alone):
+            o.step()
+    assert all(torch.equal(p, c) for p, c in zip(w, copies))
 
 
 def test_absent_gradients():

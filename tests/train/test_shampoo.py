@@ -56,8 +56,10 @@ def test_groups_and_rates(tied, base):
     rest = {"embedding.weight", "norm.weight", f"{block}attention_norm.weight", f"{block}mlp_norm.weight"}
     head = [] if tied else [("adamw", 0.25, 0.02, {"head.weight"})]
     assert found == [("shampoo", 0.25, 0.01, {block + m for m in matrices}), *head, ("adamw", 0.0, 0.02, rest)]
-    assert optimizer.param_groups[0]["betas"] == (0.9, 0.9)
-    assert optimizer.param_groups[-1]["betas"] == (0.9, 0.95)
+    for group in optimizer.param_groups:
+        assert group["betas"] == (0.9, 0.9)
+        assert group["adamw_betas"] == (0.9, 0.95)
+        assert group["exponents"] is None
 
 
 def test_planned_state_is_the_state(shampoo):

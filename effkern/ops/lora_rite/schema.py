@@ -25,6 +25,14 @@ _SCHEMAS = {
         "(Tensor grams, Tensor crosses, Tensor sizes, Tensor? gate, Tensor(a!) whiten, Tensor(b!) transport, "
         "Tensor(c!) exact, bool single, float tolerance) -> ()"
     ),
+    # CUDA alone: sums per tile of the Triton kernels, [tiles, width]; those of factor f are in [first[f], first[f + 1]).
+    "reduce": (
+        "(Tensor partial, Tensor first, Tensor rows, int rank, float skip_rms) -> (Tensor sums, Tensor traces)"
+    ),
+    "rebase_tiles_": (
+        "(Tensor partial, Tensor first, Tensor gate, Tensor(a!) whiten, Tensor(b!) transport, Tensor(c!) exact, "
+        "bool single, float tolerance) -> ()"
+    ),
 }
 
 
@@ -46,11 +54,17 @@ def _fake_rebase(*arguments) -> None:
     return None
 
 
+def _fake_reduce(partial, first, rows, rank, skip_rms) -> tuple[Tensor, Tensor]:
+    return partial.new_empty((rows.shape[0], partial.shape[1])), torch.empty_like(rows)
+
+
 for _name, _fake in (
     ("gram", _fake_gram),
     ("precondition_", _fake_precondition),
     ("update_", _fake_update),
     ("rebase_", _fake_rebase),
+    ("reduce", _fake_reduce),
+    ("rebase_tiles_", _fake_rebase),
 ):
     _library.define(f"lora_rite_{_name}{_SCHEMAS[_name]}")
     torch.library.register_fake(f"effkern::lora_rite_{_name}", _fake, lib=_library)

@@ -38,19 +38,22 @@ def lambda_max(A_Bpp: Tensor) -> Tensor:
     largest = diagonal.argmax(1)[:, None, None]
     row = A_Bpp.gather(1, largest.expand(-1, -1, p)).mT / diagonal.amax(1).clamp_min(tiny)[:, None, None]
     x = row + 0.1 * signs(p, A_Bpp)[:, None]
-    vectors, products = [], []
+    vectors: list[Tensor] = []
+    products: list[Tensor] = []
     for _ in range(min(LANCZOS_STEPS, p)):
+        before = x.norm(dim=1, keepdim=True).clamp_min(tiny)
         # Twice is enough (Parlett).
         for _ in range(2 if vectors else 0):
             V = torch.cat(vectors, 2)
             x = x - V @ (V.mT @ x)
-        x = x / x.norm(dim=1, keepdim=True).clamp_min(tiny)
+        length = x.norm(dim=1, keepdim=True)
+        # What is left of a closed space is rounding.
+        x = torch.where(length > 1e-5 * before, x / length, 0.0)
         vectors.append(x)
         products.append(A_Bpp @ x)
         x = products[-1]
     V = torch.cat(vectors, 2)
     T = V.mT @ torch.cat(products, 2)
-    # A space that was closed early leaves vectors of rounding, which A does not favour; T is symmetric otherwise.
     T = (T + T.mT) / 2
     power = T
     for _ in range(SQUARINGS):

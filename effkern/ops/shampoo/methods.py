@@ -13,6 +13,9 @@ LEAST_RATIONAL_RIDGE = 1e-7
 # Below it the polynomials' first steps do not reach the smallest eigenvalues.
 LEAST_POLYNOMIAL_RIDGE = 1e-7
 LARGEST_ROOT = 8
+# One tf32 product loses the small eigenvalues: it is not offered. In the Gram form 16 bits do, too, below this ridge.
+PRECISIONS = ("ieee", "tf32x3", "bf16x3")
+LEAST_SPLIT_GRAM_RIDGE = 1e-5
 
 
 def root_of(exponent: float) -> int:

@@ -8,7 +8,15 @@ from torch import Tensor
 from effkern.ops.shampoo import checks, reference
 from effkern.ops.shampoo import schema as schema
 from effkern.ops.shampoo.gram import choose
-from effkern.ops.shampoo.methods import METHODS, POWERS, covers, resolve, root_of
+from effkern.ops.shampoo.methods import (
+    LEAST_SPLIT_GRAM_RIDGE,
+    METHODS,
+    POWERS,
+    PRECISIONS,
+    covers,
+    resolve,
+    root_of,
+)
 from effkern.ops.shampoo.rational import terms
 
 OP = "shampoo_inverse_root"
@@ -34,6 +42,7 @@ def inverse_root(
     scale: float = 1.0,
     pseudo_inverse: float | None = None,
     method: str = "auto",
+    precision: str = "tf32x3",
     residual_bound: float = 0.25,
     out: Tensor | None = None,
     failures: Tensor | None = None,
@@ -64,6 +73,8 @@ def inverse_root(
         ridge: >= 0, of the largest eigenvalue (found to some percent where the method does not have it).
         scale: > 0, a factor of A, for example the bias correction 1 / (1 - beta^t).
         pseudo_inverse: eigenvalues up to this part of the largest give 0 instead; needs eigh. None: no.
+        precision: of Triton's products: "ieee" (float32 without tensor cores), "tf32x3" (as good) or "bf16x3" (16
+            bits; for gram_ns a ridge of at least 1e-5). Elsewhere products are float32 (float64) in any case.
         residual_bound: > 0.
         out: like factor_Bpp, where the roots go. None: new memory; NaN for a block that failed, 0 for A = 0.
         failures: int32 [B] or None. Written.
@@ -102,6 +113,10 @@ def inverse_root(
     rule = covers(chosen, exponent, ridge, pseudo_inverse)
     if rule is not None:
         raise ValueError(f"{OP}: method={chosen!r} needs {rule}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"{OP}: precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
+    if name == "triton" and precision == "bf16x3" and chosen == "gram_ns" and ridge < LEAST_SPLIT_GRAM_RIDGE:
+        raise ValueError(f"{OP}: ridge must be >= {LEAST_SPLIT_GRAM_RIDGE} for gram_ns in bf16x3, got {ridge!r}")
     if chosen not in POWERS[name]:
         if impl != "auto":
             raise NotImplementedError(f"{OP}: impl={name!r} has {', '.join(POWERS[name])}, got method={chosen!r}")
@@ -119,8 +134,9 @@ def inverse_root(
     if name == "reference":
         return InverseRoot(root, *reference.inverse_root_(*arguments))
     ops = torch.ops.effkern
-    operator = ops.shampoo_inverse_root_ if name == "cpp" else ops.shampoo_triton_inverse_root_
-    return InverseRoot(root, *operator(*arguments))
+    if name == "triton":
+        return InverseRoot(root, *ops.shampoo_triton_inverse_root_(*arguments, precision))
+    return InverseRoot(root, *ops.shampoo_inverse_root_(*arguments))
 
 
 def _negated(exponent: Any) -> Any:

@@ -34,8 +34,9 @@ def _fake_gram_ema_(factor, grads, left, decay, weight, failures) -> None:
 
 
 def _fake_inverse_root_(
-    out, factor, method, exponent, ridge, scale, pseudo_inverse, poles, weights, residual_bound, fresh, failures
-) -> tuple[Tensor, Tensor]:
+    out, factor, method, exponent, ridge, scale, pseudo_inverse, poles, weights, residual_bound, fresh, failures,
+    precision="",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch = factor.shape[0]
     return factor.new_empty(batch, dtype=torch.float32), factor.new_empty(batch, dtype=torch.int32)
 
@@ -62,7 +63,10 @@ for _name, _fake in (
     ("apply_", _fake_apply_),
 ):
     _library.define(f"shampoo_{_name}{_SCHEMAS[_name]}")
-    _library.define(f"shampoo_triton_{_name}{_SCHEMAS[_name]}")
+    _triton_schema = _SCHEMAS[_name]
+    if _name == "inverse_root_":
+        _triton_schema = _triton_schema.replace("? failures)", "? failures, str precision)")
+    _library.define(f"shampoo_triton_{_name}{_triton_schema}")
     _library.impl(f"shampoo_triton_{_name}", _triton(_name), "CompositeExplicitAutograd")
     for _op in (f"effkern::shampoo_{_name}", f"effkern::shampoo_triton_{_name}"):
         torch.library.register_fake(_op, _fake, lib=_library)

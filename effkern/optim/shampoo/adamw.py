@@ -8,7 +8,10 @@ from torch.optim.adamw import adamw
 
 from effkern.optim.shampoo.sharded import local, same_device_zeros
 
-_FUSED = ("cpu", "cuda", "xpu")
+
+def is_fused(parameter: Tensor) -> bool:
+    """Whether torch has a fused AdamW for its device."""
+    return parameter.device.type in ("cpu", "cuda", "xpu")
 
 
 def adamw_(group: dict[str, Any], parameters: list[tuple[Tensor, dict[str, Any]]]) -> None:
@@ -16,12 +19,12 @@ def adamw_(group: dict[str, Any], parameters: list[tuple[Tensor, dict[str, Any]]
     live = [(p, state) for p, state in parameters if p.grad is not None]
     if not live:
         return
-    fused = all(p.device.type in _FUSED for p, _ in live)
+    fused = all(is_fused(p) for p, _ in live)
     for p, state in live:
         if "exp_avg" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
             state["exp_avg"], state["exp_avg_sq"] = (same_device_zeros(p, p.dtype) for _ in range(2))
-    beta1, beta2 = group["betas"]
+    beta1, beta2 = group["adamw_betas"]
     adamw(
         [local(p.detach()) for p, _ in live],
         [local(p.grad) for p, _ in live if p.grad is not None],

@@ -1,13 +1,15 @@
 """Counters of failures in a row, read without making a device wait."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 ROOT = "root"
 GRADIENT = "gradient"
+
+Counters = list[tuple[str, Sequence[str], Tensor]]
 
 _KEPT = {
     ROOT: "inverse root of {} failed; it keeps the one before",
@@ -27,24 +29,25 @@ class Watch:
         self._calls = 0
         self._pending: list[tuple[str, Sequence[str], Tensor, torch.cuda.Event]] = []
 
-    def check(self, counters: Sequence[tuple[str, Sequence[str], Tensor]], limit: int, every: int) -> None:
-        """`counters`: what is counted, the parameters' names, int32 counts of the same length."""
+    def check(self, counters: Callable[[], Counters], on_cpu: bool, limit: int, every: int) -> None:
+        """`counters` gives what is counted, the parameters' names, and int32 counts of the same length."""
         self._calls += 1
         for kind, names, counts in self._arrived():
             self._read(kind, names, counts, limit)
-        due = not self._pending and self._calls % every == 0
-        for kind, names, counts in counters:
+        if not on_cpu and (self._pending or self._calls % every):
+            return
+        for kind, names, counts in counters():
             if counts.device.type == "cpu":
                 if counts.any():
                     self._read(kind, names, counts, limit)
-            elif due:
+            else:
                 copy = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
                 copy.copy_(counts, non_blocking=True)
                 event = torch.cuda.Event()
                 event.record()
                 self._pending.append((kind, names, copy, event))
 
-    def _arrived(self) -> list[tuple[str, Sequence[str], Tensor]]:
+    def _arrived(self) -> Counters:
         if not self._pending or not all(event.query() for *_, event in self._pending):
             return []
         found = [(kind, names, copy) for kind, names, copy, _ in self._pending]

@@ -4,7 +4,7 @@
     rms       graft_scale sqrt(m n): the root of the mean square of U's entries is graft_scale
     sgd       |M^|
     adagrad   |M^ / (sqrt(V) + eps)|, V += G^2
-    rmsprop   |M^ / (sqrt(V) + eps)|, V = beta2 V + (1 - beta2) G^2
+    rmsprop   |M^ / (sqrt(V) + eps)|, V = beta2 V + (1 - beta2) G^2, beta2 = adamw_betas[1]
     adam      the same with V / (1 - beta2^t)
 
 M^ = M / (1 - beta1^t) with bias_correction, else M. Before start_step the other method's step itself is taken: M^ for
@@ -25,7 +25,7 @@ def second_moment_(
 ) -> list[Tensor]:
     """Update V of each block, unless it is skipped; returns sqrt(V) + eps."""
     kept = [m.clone() for m in moments] if bool(skip.device.type != "cpu" or skip.any()) else None
-    beta = group["betas"][1]
+    beta = group["adamw_betas"][1]
     if group["grafting"] == "adagrad":
         torch._foreach_addcmul_(list(moments), list(grads.unbind()), list(grads.unbind()), 1.0)
     else:

@@ -1,6 +1,7 @@
 """Shampoo as a torch.optim.Optimizer."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from effkern.optim.shampoo import step as steps
-from effkern.optim.shampoo.adamw import adamw_
+from effkern.optim.shampoo.adamw import adamw_, is_fused
 from effkern.optim.shampoo.blocks import is_matrix
 from effkern.optim.shampoo.failures import Watch
 from effkern.optim.shampoo.options import Frequency, check_group, check_parameter
@@ -38,7 +39,7 @@ class Shampoo(torch.optim.Optimizer):
     Args:
         params: parameters, named parameters, or groups with options of their own; float32/bfloat16/float16/float64.
         lr: >= 0, a number or a tensor of one number.
-        betas: of M (0: no momentum is kept) and of L and R; both also AdamW's.
+        betas: of M (0: no momentum is kept) and of L and R.
         side: "auto" (the smaller one, left where they are equal), "left", "right" or "both".
         exponents: (a, b), or one number for the sides in use. None: 1/2 on one side, 1/4 on both, 1/2 on both with
             "kl". Other sums than that are allowed, with a warning.
@@ -57,6 +58,7 @@ class Shampoo(torch.optim.Optimizer):
         rule: "auto" gives Shampoo what has two rows and two columns at least and AdamW the rest; "shampoo" refuses the
             rest; "adamw" gives everything to AdamW.
         root_method: of effkern.ops.shampoo.inverse_root.
+        adamw_betas: of what AdamW steps; the second also of grafting's second moment.
         eps: of AdamW and of grafting.
         max_failures, check_every: below.
         root_group: a group of processes that hold the same factors (torch.distributed.group.WORLD under DDP): each
@@ -65,7 +67,8 @@ class Shampoo(torch.optim.Optimizer):
 
     Failures: a block whose gradient is not finite keeps factor, root, momentum and weight; a root that fails leaves the
     one before. Either warns once with the parameter's name and raises RuntimeError after max_failures in a row. On the
-    CPU counters are read after each step; on a device every check_every steps, without waiting for it.
+    CPU counters are read after each step; on a device every check_every steps, without waiting for it. Parameters that
+    AdamW steps have no such guard.
 
     State: momentum (second moment) in float32 and 2 p^2 float32 per block and side; float64 for float64 parameters.
     Memory beside it: one batch of blocks at most; for sharded parameters see docs/shampoo.md. DTensors may be cut along
@@ -83,7 +86,7 @@ class Shampoo(torch.optim.Optimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.95),
+        betas: tuple[float, float] = (0.9, 0.8),
         *,
         side: Literal["auto", "left", "right", "both"] = "auto",
         exponents: float | tuple[float, float] | None = None,
@@ -99,6 +102,7 @@ class Shampoo(torch.optim.Optimizer):
         start_step: int = 1,
         rule: Literal["auto", "shampoo", "adamw"] = "auto",
         root_method: Literal["auto", "rational", "eigh", "polar_express", "gram_ns", "coupled_newton"] = "auto",
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         max_failures: int = 3,
         check_every: int = 10,
@@ -110,7 +114,7 @@ class Shampoo(torch.optim.Optimizer):
             "bias_correction": bias_correction, "weight_decay": weight_decay, "grafting": grafting,
             "graft_scale": graft_scale, "ridge": ridge, "pseudo_inverse": pseudo_inverse, "block_size": block_size,
             "precondition_frequency": precondition_frequency, "start_step": start_step, "rule": rule,
-            "root_method": root_method, "eps": eps, "max_failures": max_failures,
+            "root_method": root_method, "adamw_betas": adamw_betas, "eps": eps, "max_failures": max_failures,
             "check_every": check_every,
         }  # fmt: skip
         self._reset()
@@ -215,7 +219,8 @@ class Shampoo(torch.optim.Optimizer):
             steps.refresh(work)
             steps.update(work)
             watch = self._watches.setdefault(number, Watch())
-            watch.check(steps.counters(plan), group["max_failures"], group["check_every"])
+            on_cpu = all(e.parameter.device.type == "cpu" for e in work.live)
+            watch.check(partial(steps.counters, plan), on_cpu, group["max_failures"], group["check_every"])
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -246,13 +251,18 @@ class Shampoo(torch.optim.Optimizer):
                 group = {**self.param_groups[number], **state_dict["param_groups"][number]}
                 self._check_state(group, parameter, self._name(number, index), state_dict["state"].get(key, {}))
         super().load_state_dict(state_dict)
-        for key, (_, _, parameter) in zip(saved, own):
+        for key, (number, _, parameter) in zip(saved, own):
             # torch casts state to the parameter's dtype, which would round float32 factors of bfloat16 parameters.
             for name, value in state_dict["state"].get(key, {}).items():
                 if isinstance(value, Tensor):
-                    where = value.device if name == "step" else parameter.device
+                    where = self._step_device(number, parameter) if name == "step" else parameter.device
                     self.state[parameter][name] = value.detach().to(where).clone()
         self._reset()
+
+    def _step_device(self, number: int, parameter: Tensor) -> torch.device:
+        """Where the count of steps is: for Shampoo on the CPU, for fused AdamW beside the parameter."""
+        beside = not self.uses_shampoo(self.param_groups[number], parameter) and is_fused(parameter)
+        return parameter.device if beside else torch.device("cpu")
 
     def _check_state(self, group: dict[str, Any], parameter: Tensor, name: str, state: dict[str, Any]) -> None:
         if not state:

@@ -107,9 +107,10 @@ def check_group(group: dict[str, Any], *, warn: bool = True) -> None:
         _require("lr", lr.numel() == 1, "have one element where it is a tensor", tuple(lr.shape))
     else:
         _require("lr", isinstance(lr, (int, float)) and lr >= 0, "be at least 0", lr)
-    betas = group["betas"]
-    good = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(0 <= b < 1 for b in betas)
-    _require("betas", good, "be two numbers in [0, 1)", betas)
+    for name in ("betas", "adamw_betas"):
+        betas = group[name]
+        good = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(0 <= b < 1 for b in betas)
+        _require(name, good, "be two numbers in [0, 1)", betas)
     for name, known in (
         ("side", SIDES), ("accumulation", ACCUMULATIONS), ("grafting", GRAFTS), ("rule", RULES),
         ("root_method", ROOT_METHODS),

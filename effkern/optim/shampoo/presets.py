@@ -23,14 +23,14 @@ class OneSidedShampoo(Shampoo):
         options: any of Shampoo's but side and exponents.
 
     Raises, state, memory: as Shampoo; for an m x n matrix m n + 2 p^2 numbers, p the preconditioned side.
-    Source: Xie et al., Algorithm 2 (arXiv 2503.10537), with ASGO's momentum and norm (arXiv 2503.20762).
+    Source: Xie et al., Algorithm 2 (arXiv 2503.10537), with ASGO's momentum, betas and norm (arXiv 2503.20762).
     """
 
     def __init__(
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.95),
+        betas: tuple[float, float] = (0.9, 0.8),
         *,
         side: Literal["auto", "left", "right"] = "auto",
         **options: Any,

@@ -143,7 +143,7 @@ def build(group: dict[str, Any], entries: list[Entry], adamw: list[tuple[Tensor,
     """Families and buckets of the entries; factors that are in their states already move into the buckets."""
     families: dict[Any, Family] = {}
     for e in entries:
-        place = (e.left, e.right, e.layout, e.parameter.device, wide(e.parameter.dtype))
+        place = (e.left, e.right, e.layout, e.parameter.device, e.parameter.dtype)
         pieces = blocks.split(*e.shape, group["block_size"], e.left, e.right)
         for number, ((m, n), cuts) in enumerate(pieces.items()):
             family = families.setdefault((m, n, *place), Family(m, n, e.layout))
@@ -153,10 +153,10 @@ def build(group: dict[str, Any], entries: list[Entry], adamw: list[tuple[Tensor,
         names = [e.name for e in family.owners]
         a, b = exponents_of(group, left, right)
         if left:
-            family.left = buckets.setdefault((m, a, device, dtype), Bucket(m, a))
+            family.left = buckets.setdefault((m, a, device, wide(dtype)), Bucket(m, a))
             family.left_first = family.left.reserve(names)
         if right:
-            family.right = buckets.setdefault((n, b, device, dtype), Bucket(n, b))
+            family.right = buckets.setdefault((n, b, device, wide(dtype)), Bucket(n, b))
             family.right_first = family.right.reserve(names)
         family.allocate(device)
     for (_, _, device, dtype), bucket in buckets.items():

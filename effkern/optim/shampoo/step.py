@@ -8,7 +8,7 @@ from torch import Tensor
 
 from effkern.ops import shampoo as ops
 from effkern.optim.shampoo import blocks, sharded
-from effkern.optim.shampoo.failures import GRADIENT, ROOT
+from effkern.optim.shampoo.failures import GRADIENT, ROOT, Counters
 from effkern.optim.shampoo.grafting import SECOND_MOMENT
 from effkern.optim.shampoo.options import last_root_step, root_is_due
 from effkern.optim.shampoo.state import Bucket, Entry, Family, Plan, slot, wide
@@ -273,7 +273,7 @@ def _apply(
     )  # fmt: skip
 
 
-def counters(plan: Plan) -> list[tuple[str, list[str], Tensor]]:
+def counters(plan: Plan) -> Counters:
     """For Watch: gradients of each family, roots of each bucket."""
-    gradients = [(GRADIENT, [e.name for e in f.owners], f.bad.amax(dim=0)) for f in plan.families]
-    return gradients + [(ROOT, b.names, b.failures) for b in plan.buckets]
+    found: Counters = [(GRADIENT, [e.name for e in f.owners], f.bad.amax(dim=0)) for f in plan.families]
+    return found + [(ROOT, b.names, b.failures) for b in plan.buckets]
