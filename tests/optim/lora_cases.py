@@ -5,7 +5,6 @@ from torch import Tensor, nn
 
 from effkern.ops.lora_rite.reference import Pair, RiteOptions, new_pair, rite_step
 from effkern.optim import LoraPair
-from effkern.optim.lora.pairs import tall
 
 
 def normal(seed: int, *shape: int, dtype=torch.float64, scale: float = 1.0) -> Tensor:
@@ -55,7 +54,3 @@ def optimizer_steps(problems: list[Product], optimizer: torch.optim.Optimizer, s
 
 def pairs_of(problems: list[Product]) -> list[LoraPair]:
     return [LoraPair(f"pair{i}", p.A, p.B, 0, 1) for i, p in enumerate(problems)]
-
-
-def tall_grad(factor: Tensor, rank_dim: int) -> Tensor:
-    return tall(factor, rank_dim)

@@ -126,6 +126,36 @@ def test_scaler_after_unscale_for_a_look_at_the_gradients():
     torch.testing.assert_close(p.B, q.B, rtol=1e-5, atol=1e-6)
 
 
+def test_float16_gradients_lose_their_scale_in_float32():
+    """1e-9 times a scale of 65536 is a float16 number; 1e-9 is not."""
+    p, q = one(dtype=torch.float16), one(dtype=torch.float32)
+    with torch.no_grad():
+        q.A.copy_(p.A)
+        q.B.copy_(p.B)
+    optimizer, plain = LoRARite(pairs_of([p]), eps=1e-12), LoRARite(pairs_of([q]), eps=1e-12)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(65536.0), torch.tensor([0.0])
+    for mine, theirs in ((p.A, q.A), (p.B, q.B)):
+        mine.grad = (normal(4, *mine.shape, scale=1e-9) * 65536).half()
+        theirs.grad = mine.grad.float() / 65536
+    optimizer.step()
+    plain.step()
+    assert optimizer.state[p.A]["exp_avg"].norm() > 1
+    torch.testing.assert_close(optimizer.state[p.B]["master"], q.B.detach())
+
+
+def test_a_group_added_in_the_middle():
+    of, alone = [one(), one(seed=5, r=2)], [one()]
+    optimizer, single = LoRARite(pairs_of(of[:1]), lr=0.05), LoRARite(pairs_of(alone), lr=0.05)
+    optimizer_steps(of[:1], optimizer, 3)
+    optimizer.add_param_group({"params": [LoraPair("later", of[1].A, of[1].B, 0, 1)], "lr": 0.1})
+    optimizer_steps(of, optimizer, 3, first=3)
+    optimizer_steps(alone, single, 6)
+    # The sizes of these gradients are below the clip, so that pairs do not meet.
+    assert torch.equal(of[0].A, alone[0].A)
+    assert torch.equal(of[0].B, alone[0].B)
+    assert [int(optimizer.state[p.A]["step"]) for p in of] == [6, 3]
+
+
 def test_a_frozen_factor_stays_and_its_partner_trains():
     """LoRA-FA. B's step is that of the pair, for A's own update is no part of it in the first step."""
     p, q = one(), one()
@@ -195,6 +225,30 @@ def test_state_is_small():
         optimizer.step()
         state = [t for entry in optimizer.state_dict()["state"].values() for t in entry.values()]
         assert sum(t.numel() * t.element_size() for t in state) <= limit * 4 * (A.numel() + B.numel())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_without_a_host_read():
+    """Steps with a falling rate, a loss scale and a NaN, while any wait for the device raises; the CPU's values."""
+    on_cpu, on_gpu = [[one(m=70, n=90, r=8, dtype=torch.float32, seed=s) for s in (1, 5)] for _ in "12"]
+    on_gpu = [p.cuda() for p in on_gpu]
+    optimizers = [LoRARite(pairs_of(x), lr=0.05, escaped_mass=True) for x in (on_cpu, on_gpu)]
+    grads = [[p.gradients(p.A.detach(), p.B.detach(), step) for p in on_cpu] for step in range(6)]
+    grads[3][0][0][0, 0] = torch.nan
+    moved = [[tuple(g.cuda() for g in both) for both in step] for step in grads]
+    for step in range(6):
+        for problems, optimizer, given in ((on_cpu, optimizers[0], grads), (on_gpu, optimizers[1], moved)):
+            for p, both in zip(problems, given[step]):
+                p.A.grad, p.B.grad = both
+            for group in optimizer.param_groups:
+                group["lr"] = 0.05 / (step + 1)
+            torch.cuda.set_sync_debug_mode("error" if step and problems is on_gpu else "default")
+            optimizer.step()
+            torch.cuda.set_sync_debug_mode("default")
+    for p, q in zip(on_cpu, on_gpu):
+        torch.testing.assert_close(p.A, q.A.cpu(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(p.B, q.B.cpu(), rtol=1e-4, atol=1e-5)
+        assert int(optimizers[1].state[q.A]["step"]) == 5
 
 
 # Peers --------------------------------------------------------------------------------------------------------------

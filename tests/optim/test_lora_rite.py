@@ -340,3 +340,15 @@ def test_steps_of_equivalent_pairs_agree():
     for p, q in zip(of, turned):
         assert rel_err(q.B.detach() @ q.A.detach(), p.B.detach() @ p.A.detach()) < 1e-9
     assert rel_err(adam[0].B.detach() @ adam[0].A.detach(), of[0].B.detach() @ of[0].A.detach()) > 1e-2
+
+
+def test_float32_keeps_the_invariance_that_rounded_inputs_allow(capsys):
+    """Up to condition 1e5, after 1 and 20 steps: twice the error of float64 arithmetic on float32 inputs at most."""
+    from benchmarks.lora_rite_step import invariance
+
+    for line in invariance(None, rows=96, rank=8):
+        change, ours = line["case"]["change"], line["ours_over_floor"]
+        assert max(ours) < (4 if change == "condition 1e6" else 2), change
+        assert min(line["errors"]["AdamW"]) > 0.1
+        assert max(line["errors"]["reference float64"]) < 1e-7
+    assert "| condition 1e5 |" in capsys.readouterr().out

@@ -191,6 +191,24 @@ def test_commands(young, dataset, tmp_path, capsys):
     assert "holds an adapter of rank 2 alone" in capsys.readouterr().err
 
 
+def test_the_command_of_the_comparison(tmp_path, monkeypatch, capsys):
+    from effkern.train import finetune_demo
+
+    asked = []
+    monkeypatch.setattr(
+        finetune_demo, "run_finetune_demo", lambda out, seed: asked.append((out, seed)) or "what it says"
+    )
+    assert cli.main(["demo", "--finetune", "--out", str(tmp_path), "--seed", "3"]) == 0
+    assert asked == [(tmp_path, 3)]
+    assert "what it says" in capsys.readouterr().out
+
+    def stop(out, seed):
+        raise DemoInterrupted(signal.SIGTERM, out)
+
+    monkeypatch.setattr(finetune_demo, "run_finetune_demo", stop)
+    assert cli.main(["demo", "--finetune", "--out", str(tmp_path)]) == 128 + signal.SIGTERM
+
+
 def test_comparison_in_small(base, young, text, tmp_path, monkeypatch):
     """A finished demo's student, two rates each; an interruption, and what the report says."""
     out = tmp_path / "demo"

@@ -88,14 +88,16 @@ def lora_rite_step_(
         h = h if scale is None else h * scale.square()
         grams.append(h)
         traces.append(stages.traces(group, h, terms.skip_rms))
-    all_traces = torch.cat(traces) if len(traces) > 1 else traces[0]
+    # Pairs of one model may live on several devices; the clip looks at all of them.
+    all_traces = torch.cat([x.to(traces[0].device) for x in traces]) if len(traces) > 1 else traces[0]
     if found_inf is not None:
         found = _number("found_inf", found_inf).double().reshape(())
         all_traces = torch.where(found != 0, float("nan"), all_traces)
     gate = all_traces
     for (part, given, rates, terms), h in zip(parts, grams):
         group = part.group
-        update = stages.precondition_(group, h, all_traces, rates, scale, terms, impl)
+        seen = all_traces.to(group.whiten.device)
+        update = stages.precondition_(group, h, seen, rates, scale, terms, impl)
         lists = (group.factors, group.moments, given, group.wide)
         products = stages.update_(*lists, update, group.whiten, group.exact, impl=impl)
         if reduce is not None:

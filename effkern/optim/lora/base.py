@@ -45,7 +45,9 @@ class LoraOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{self._me}: others must be 'error' or 'ignore', got {others!r}")
         self._others = others
         self._forget()
-        if isinstance(params, nn.Module) or not _is_groups(params):
+        if not isinstance(params, (nn.Module, Tensor)):
+            params = list(params)
+        if not _is_groups(params):
             params = [{"params": params}]
         super().__init__(params, defaults)
 
@@ -189,4 +191,6 @@ def scaled_grads(
     factor = factor.to(grads[0].device) * sign
     if found_inf is not None:
         factor = torch.where(found_inf.to(factor.device).reshape(()) != 0, torch.nan, factor)
-    return [grad * factor.to(grad.dtype) for grad in grads]
+    # A float16 gradient without its scale may be below the smallest float16 number.
+    wide = [grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in grads]
+    return [grad * factor.to(grad.dtype) for grad in wide]

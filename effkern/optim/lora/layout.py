@@ -118,12 +118,16 @@ class RowSums:
         self.groups = [mesh.get_group(d) for d in shared]
         first = {d: mesh.get_local_rank(d) == 0 for d in shared}
         # A factor that is whole on several processes is counted by the first of them alone.
+        self.kept: dict[tuple[bool, ...], Tensor] = {}
         self.counts = {id(f): all(c[d] or first[d] for d in shared) for f, c in zip(factors, cut)}
 
     def __call__(self, group: RiteGroup, x: Tensor) -> Tensor:
         import torch.distributed as dist
 
-        keep = torch.tensor([self.counts[id(f)] for f in group.factors], device=x.device)
+        key = tuple(self.counts[id(f)] for f in group.factors)
+        keep = self.kept.get(key)
+        if keep is None:
+            keep = self.kept[key] = torch.tensor(key, device=x.device)
         x = torch.where(keep.view(-1, *[1] * (x.dim() - 1)), x, 0.0).contiguous()
         for processes in self.groups:
             dist.all_reduce(x, group=processes)

@@ -183,6 +183,7 @@ class LoRARite(LoraOptimizer):
                 self._rebuild(run, written, self._options(number))
                 run.seen = now
         if self._runs is None:
+            self._rates = {}
             self._runs = runs.make_runs([self.pairs(group) for group in self.param_groups], self.state)
             for number, run in self._runs:
                 stale = runs.stale_masters(run)
@@ -215,16 +216,13 @@ class LoRARite(LoraOptimizer):
         """[F] learning rates; a frozen factor has 0."""
         group = self.param_groups[number]
         lr, ratio, device = group["lr"], group["lr_ratio_B"], run.group.whiten.device
-        trained = tuple(layout.param.requires_grad for layout in run.layouts)
-        key = (number, id(run), trained, ratio, None if isinstance(lr, Tensor) else float(lr))
+        trained = tuple(x.requires_grad for x in run.params)
+        key = (id(run), trained, ratio)
         if key not in self._rates:
-            if len(self._rates) > 64:
-                self._rates.clear()
-            factor = 1.0 if isinstance(lr, Tensor) else float(lr)
-            values = [factor * (ratio if i % 2 else 1.0) * on for i, on in enumerate(trained)]
+            values = [(ratio if i % 2 else 1.0) * on for i, on in enumerate(trained)]
             self._rates[key] = torch.tensor(values, dtype=torch.float64, device=device)
-        rates = self._rates[key]
-        return rates * lr.to(device, torch.float64).reshape(()) if isinstance(lr, Tensor) else rates
+        # A number goes to the device as an argument of the product: a copy would wait for the device.
+        return self._rates[key] * (lr.to(device, torch.float64).reshape(()) if isinstance(lr, Tensor) else float(lr))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

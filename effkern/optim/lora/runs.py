@@ -172,12 +172,12 @@ def refresh(run: Run, factors: Iterable[int]) -> None:
 def publish(run: Run, factors: Iterable[int]) -> None:
     """Write the buffers of the run to their parameters, rounded to the parameters' dtype."""
     chosen = set(factors)
+    rounded = [(i, buffer) for i, buffer in run.copies if i in chosen and not run.layouts[i].moves]
+    if rounded:
+        torch._foreach_copy_([run.locals[i].detach() for i, _ in rounded], [buffer for _, buffer in rounded])
     for i, buffer in run.copies:
-        if i not in chosen:
-            continue
         layout = run.layouts[i]
-        if not layout.moves:
-            local_of(layout.param.detach()).copy_(buffer)
+        if i not in chosen or not layout.moves:
             continue
         from torch.distributed.tensor import DTensor
 
