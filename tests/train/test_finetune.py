@@ -318,5 +318,9 @@ def test_comparison_in_small(base, young, text, tmp_path, monkeypatch):
     assert "AdamW ends 1.0000 +- 0.1000 nats below LoRA-RITE" in render(swapped)
     swapped = {**report, "rite_minus_adamw": {"difference": -0.1, "validation_standard_error": 0.1}}
     assert "the two do not differ on this text (-0.1000 +- 0.1000 nats)" in render(swapped)
+    kept = sorted((out / "finetune").glob("*-*/**/*"))
+    with pytest.raises(ValueError, match=r"finetune must hold runs on \['other'\] .*, got sources \[.*; remove it"):
+        run_finetune_demo(out, plan=replace(plan, sources=("other",)), quiet=True)
+    assert sorted((out / "finetune").glob("*-*/**/*")) == kept
     with pytest.raises(ValueError, match=r"grid must have as many rates for each optimizer"):
         run_finetune_demo(out, plan=FinetunePlan({"adamw": (1.0,), "lora_rite": (1.0, 2.0)}), quiet=True)
