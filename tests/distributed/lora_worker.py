@@ -108,6 +108,36 @@ def by_placement(rank: int, world: int, two: bool) -> list[Tensor]:
     return [whole(x.detach()).clone() for x in parameters]
 
 
+def low_start() -> tuple[list[Tensor], list[Tensor]]:
+    """bfloat16 factors, and gradients of their product."""
+    generator = torch.Generator().manual_seed(9)
+    pair = [torch.randn(4, 13, generator=generator).bfloat16(), torch.randn(9, 4, generator=generator).bfloat16()]
+    return pair, [torch.randn(9, 13, generator=generator) / 100 for _ in range(STEPS)]
+
+
+def by_low_precision(rank: int, world: int) -> dict[str, Any]:
+    """bfloat16 factors cut as FSDP cuts them, A along its rank; then a NaN in the rows of the last process alone."""
+    mesh = init_device_mesh("cpu", (world,))
+    pair, grads = low_start()
+    parameters = [nn.Parameter(distribute_tensor(x, mesh, [Shard(0)])) for x in pair]
+    optimizer = LoRARite([LoraPair("p", *parameters, 0, 1)], **OPTIONS)
+    for step, G in enumerate([*grads, grads[0]]):
+        a, b = (whole(x.detach()).float() for x in parameters)
+        for parameter, grad in zip(parameters, (b.T @ G, G @ a.T)):
+            parameter.grad = distribute_tensor(grad.bfloat16(), mesh, [Shard(0)])
+        if step == STEPS:
+            found = [whole(x.detach()).clone() for x in parameters]
+            if rank == world - 1:
+                parameters[1].grad.to_local().fill_(torch.nan)
+        optimizer.step()
+    after = [whole(x.detach()) for x in parameters]
+    return {
+        "found": found,
+        "untouched": all(torch.equal(x, y) for x, y in zip(found, after)),
+        "steps": int(optimizer.state[parameters[0]]["step"]),
+    }
+
+
 def alone() -> dict[str, list[Tensor]]:
     """What one process with all rows finds."""
     net = network()
@@ -123,7 +153,14 @@ def alone() -> dict[str, list[Tensor]]:
         G = torch.randn(9, 13, generator=generator, dtype=torch.float64) / 100
         A.grad, B.grad = B.detach().T @ G, G @ A.detach().T
         plain.step()
-    return {"six": six, "eight": factors(net), "pair": [A.detach(), B.detach()]}
+    pair, grads = low_start()
+    low = [nn.Parameter(x) for x in pair]
+    optimizer = LoRARite([LoraPair("p", *low, 0, 1)], **OPTIONS)
+    for G in grads:
+        a, b = (x.detach().float() for x in low)
+        low[0].grad, low[1].grad = (b.T @ G).bfloat16(), (G @ a.T).bfloat16()
+        optimizer.step()
+    return {"six": six, "eight": factors(net), "pair": [A.detach(), B.detach()], "low": [x.detach() for x in low]}
 
 
 def work(rank: int, world: int) -> dict[str, Any]:
@@ -131,6 +168,7 @@ def work(rank: int, world: int) -> dict[str, Any]:
         "lora-ddp": by_ddp(rank, world),
         "lora-fsdp": by_fsdp(rank, world, rows=False),
         "lora-fsdp-rows": by_fsdp(rank, world, rows=True),
+        "lora-low": by_low_precision(rank, world),
         "lora-pair": by_placement(rank, world, two=False),
     }
     if world == 4:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.distributed.lora_worker import alone
+from tests.numerics import rel_err
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,17 @@ def test_fsdp(group, truth, cut):
 def test_a_factor_that_is_whole_on_every_process(group, truth):
     for found in group:
         close(found["lora-pair"], truth["pair"])
+
+
+def test_bfloat16_and_a_nan_on_one_process(group, truth):
+    """Masters cut by rows, parameters along the rank; what one process alone has seen stops the step of all."""
+    for found in group:
+        for got, want in zip(found["lora-low"]["found"], truth["low"]):
+            assert got.dtype == torch.bfloat16
+            # Sums in another order round a few elements to the next bfloat16 number, half a unit of 2^-8 away.
+            assert rel_err(got, want.double()) < 2**-9
+        assert found["lora-low"]["untouched"]
+        assert found["lora-low"]["steps"] == 6
 
 
 def test_a_mesh_of_replicas_and_shards(group, truth):
