@@ -108,31 +108,32 @@ def by_placement(rank: int, world: int, two: bool) -> list[Tensor]:
     return [whole(x.detach()).clone() for x in parameters]
 
 
-def low_start() -> tuple[list[Tensor], list[Tensor]]:
-    """bfloat16 factors, and gradients of their product."""
+def low_start() -> tuple[list[Tensor], list[list[Tensor]]]:
+    """bfloat16 factors, and gradients that do not depend on how they are rounded."""
     generator = torch.Generator().manual_seed(9)
     pair = [torch.randn(4, 13, generator=generator).bfloat16(), torch.randn(9, 4, generator=generator).bfloat16()]
-    return pair, [torch.randn(9, 13, generator=generator) / 100 for _ in range(STEPS)]
+    return pair, [[(torch.randn(x.shape, generator=generator) / 100).bfloat16() for x in pair] for _ in range(STEPS)]
 
 
 def by_low_precision(rank: int, world: int) -> dict[str, Any]:
-    """bfloat16 factors cut as FSDP cuts them, A along its rank; then a NaN in the rows of the last process alone."""
+    """bfloat16 factors cut as FSDP cuts them, A along its rank; the last of four has no row of B. Then a NaN in one process."""
     mesh = init_device_mesh("cpu", (world,))
     pair, grads = low_start()
     parameters = [nn.Parameter(distribute_tensor(x, mesh, [Shard(0)])) for x in pair]
     optimizer = LoRARite([LoraPair("p", *parameters, 0, 1)], **OPTIONS)
-    for step, G in enumerate([*grads, grads[0]]):
-        a, b = (whole(x.detach()).float() for x in parameters)
-        for parameter, grad in zip(parameters, (b.T @ G, G @ a.T)):
-            parameter.grad = distribute_tensor(grad.bfloat16(), mesh, [Shard(0)])
+    for step, both in enumerate([*grads, grads[0]]):
+        for parameter, grad in zip(parameters, both):
+            parameter.grad = distribute_tensor(grad, mesh, [Shard(0)])
         if step == STEPS:
             found = [whole(x.detach()).clone() for x in parameters]
-            if rank == world - 1:
+            masters = [whole(optimizer.state[x]["master"]).clone() for x in parameters]
+            if rank == 1:
                 parameters[1].grad.to_local().fill_(torch.nan)
         optimizer.step()
     after = [whole(x.detach()) for x in parameters]
     return {
         "found": found,
+        "masters": masters,
         "untouched": all(torch.equal(x, y) for x, y in zip(found, after)),
         "steps": int(optimizer.state[parameters[0]]["step"]),
     }
@@ -156,11 +157,11 @@ def alone() -> dict[str, list[Tensor]]:
     pair, grads = low_start()
     low = [nn.Parameter(x) for x in pair]
     optimizer = LoRARite([LoraPair("p", *low, 0, 1)], **OPTIONS)
-    for G in grads:
-        a, b = (x.detach().float() for x in low)
-        low[0].grad, low[1].grad = (b.T @ G).bfloat16(), (G @ a.T).bfloat16()
+    for both in grads:
+        low[0].grad, low[1].grad = both
         optimizer.step()
-    return {"six": six, "eight": factors(net), "pair": [A.detach(), B.detach()], "low": [x.detach() for x in low]}
+    masters = [optimizer.state[x]["master"] for x in low]
+    return {"six": six, "eight": factors(net), "pair": [A.detach(), B.detach()], "low": masters}
 
 
 def work(rank: int, world: int) -> dict[str, Any]:

@@ -54,6 +54,11 @@ class Run:
     def __post_init__(self) -> None:
         self.params = [layout.param for layout in self.layouts]
         self.locals = [local_of(layout.param) for layout in self.layouts]
+        # Some process has no row of some factor, which the kernels do not take. Then no process may use them: they add
+        # up sums in the bases that each has found for itself, and two solvers find the same up to signs alone.
+        self.empty = any(x.numel() == 0 for x in self.group.factors)
+        if self.sums is not None:
+            self.empty = self.sums.anywhere(self.empty)
         # A gradient of such a factor is the matrix that the kernels read, or its transpose.
         self.turned = [(x.rank_dim == 0) != x.wide for x in self.layouts]
         self.direct = all(x.placements is None and x.param.dim() == 2 for x in self.layouts)
@@ -67,7 +72,7 @@ class Run:
     @property
     def impl(self) -> str:
         """Where the kernels cannot go, the plain form of the same steps."""
-        return "plain" if self.group.rank > MAX_RANK or any(x.numel() == 0 for x in self.group.factors) else "auto"
+        return "plain" if self.group.rank > MAX_RANK or self.empty else "auto"
 
 
 def new_state(layout: Layout, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
