@@ -116,7 +116,8 @@ def low_start() -> tuple[list[Tensor], list[list[Tensor]]]:
 
 
 def by_low_precision(rank: int, world: int) -> dict[str, Any]:
-    """bfloat16 factors cut as FSDP cuts them, A along its rank; the last of four has no row of B. Then a NaN in one process."""
+    """bfloat16 factors cut as FSDP cuts them, A along its rank; the last process of four has no row of B. Then a NaN in
+    one process, and parameters and state of another time together."""
     mesh = init_device_mesh("cpu", (world,))
     pair, grads = low_start()
     parameters = [nn.Parameter(distribute_tensor(x, mesh, [Shard(0)])) for x in pair]
@@ -131,10 +132,20 @@ def by_low_precision(rank: int, world: int) -> dict[str, Any]:
                 parameters[1].grad.to_local().fill_(torch.nan)
         optimizer.step()
     after = [whole(x.detach()) for x in parameters]
+    # The last process of four sees no change of B: all must take part in its new basis.
+    with torch.no_grad():
+        parameters[1].mul_(2.0)
+    other = LoRARite([LoraPair("p", *parameters, 0, 1)], **OPTIONS)
+    other.load_state_dict(optimizer.state_dict())
+    for parameter, grad in zip(parameters, grads[0]):
+        parameter.grad = distribute_tensor(grad, mesh, [Shard(0)])
+    other.step()
+    doubled = whole(other.state[parameters[1]]["master"])
     return {
         "found": found,
         "masters": masters,
         "untouched": all(torch.equal(x, y) for x, y in zip(found, after)),
+        "doubled": doubled,
         "steps": int(optimizer.state[parameters[0]]["step"]),
     }
 

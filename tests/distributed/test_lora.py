@@ -50,6 +50,7 @@ def test_bfloat16_and_a_nan_on_one_process(group, truth):
             # Six steps of float32 sums in another order.
             assert rel_err(master, want.double()) < 1e-5
         assert low["untouched"]
+        assert rel_err(low["doubled"], 2 * low["masters"][1].double()) < 0.1
         assert low["steps"] == 6
 
 

@@ -122,14 +122,14 @@ class RowSums:
         self.kept: dict[tuple[bool, ...], Tensor] = {}
         self.counts = {id(f): all(c[d] or first[d] for d in shared) for f, c in zip(factors, cut)}
 
-    def anywhere(self, here: bool) -> bool:
-        """True if it is so on any process; for all of them to call."""
+    def anywhere(self, here: list[bool]) -> list[bool]:
+        """Which of these hold on any process; for all of them to call."""
         import torch.distributed as dist
 
-        found = torch.tensor(float(here), device=self.device)
+        found = torch.tensor(here, dtype=torch.float32, device=self.device)
         for processes in self.groups:
             dist.all_reduce(found, group=processes)
-        return bool(found > 0)
+        return (found > 0).tolist()
 
     def __call__(self, group: RiteGroup, x: Tensor) -> Tensor:
         import torch.distributed as dist
