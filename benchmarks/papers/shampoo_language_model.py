@@ -48,7 +48,7 @@ def decoder(a: argparse.Namespace, seed: int) -> Decoder:
     return Decoder(config, seed=seed)
 
 
-def optimizers(method: str, model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+def optimizers(method: str, model: nn.Module, config: OptimizerConfig, beta2: float) -> list[torch.optim.Optimizer]:
     if method == "muon":
         decayed, plain = split_decay(model)
         muon = torch.optim.Muon(decayed, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
@@ -57,7 +57,9 @@ def optimizers(method: str, model: nn.Module, config: OptimizerConfig) -> list[t
     if method == "adamw":
         return [build_optimizer(model, config)]
     chosen = ShampooConfig(
-        side="auto" if method == "one-sided" else "both", exponent=0.5 if method.endswith("1/2") else 0.0
+        side="auto" if method == "one-sided" else "both",
+        exponent=0.5 if method.endswith("1/2") else 0.0,
+        beta2=beta2,
     )
     return [build_optimizer(model, replace(config, name="shampoo", shampoo=chosen))]
 
@@ -67,7 +69,7 @@ def train(method: str, lr: float, seed: int, data: PackedDataset, a: argparse.Na
     config = OptimizerConfig(lr=lr, warmup_steps=a.steps // 10)
     model = decoder(a, seed)
     order = BatchOrder(data, seq_len=LENGTH, batch_size=ROWS, seed=seed)
-    steppers = optimizers(method, model, config)
+    steppers = optimizers(method, model, config, a.beta2)
     curve, cpu, wall = [], 0.0, 0.0
     for step in range(a.steps):
         c, w = time.process_time(), time.perf_counter()
@@ -148,6 +150,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--beta2", type=float, default=0.8, help="of Shampoo's factors")
     parser.add_argument("--every", type=int, default=30, help="steps between two validations")
     parser.add_argument("--eval-tokens", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=1)

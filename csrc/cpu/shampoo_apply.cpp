@@ -5,7 +5,6 @@
 #include <cmath>
 #include <limits>
 #include <optional>
-#include <utility>
 
 #include "cpu/lapack.h"
 #include "cpu/shampoo_blocks.h"
@@ -29,33 +28,76 @@ class Update {
   // The norm of U; NaN where the block was left as it is.
   float operator()(const Block& weight, const Block* momentum, const Block& grad, int64_t b) {
     constexpr float kLeft = std::numeric_limits<float>::quiet_NaN();
-    double square = 0.0;
-    for (int64_t i = 0; i < m_; ++i) {
-      W* d = d_.get() + i * n_;
-      load_row(grad, i, 0, n_, d);
-      square += sum_of_squares(d, n_);
-      if (momentum != nullptr) direction(*momentum, i, d);
+    const W* u = nullptr;
+    double length = 0.0;
+    if (momentum != nullptr && in_place(*momentum)) {
+      // The product reads the momentum where it lies; d_ keeps what it was.
+      const double square = advance(*momentum, grad);
+      if (std::isfinite(square)) {
+        u = multiply(b, static_cast<const W*>(momentum->data), momentum->row_stride);
+        length = norm_of(u);
+      }
+      if (u == nullptr || !std::isfinite(static_cast<float>(length))) {
+        for (int64_t i = 0; i < m_; ++i) store_row(*momentum, i, d_.get() + i * n_);
+        return kLeft;
+      }
+    } else {
+      double square = 0.0;
+      for (int64_t i = 0; i < m_; ++i) {
+        W* d = d_.get() + i * n_;
+        load_row(grad, i, 0, n_, d);
+        square += sum_of_squares(d, n_);
+        if (momentum != nullptr) direction(*momentum, i, d);
+      }
+      if (!std::isfinite(square)) return kLeft;
+      u = multiply(b, d_.get(), n_);
+      length = norm_of(u);
+      if (!std::isfinite(static_cast<float>(length))) return kLeft;
+      if (momentum != nullptr) keep(*momentum, grad, u);
     }
-    if (!std::isfinite(square)) return kLeft;
-    const W* u = multiply(b);
-    square = 0.0;
-    for (int64_t i = 0; i < m_; ++i) square += sum_of_squares(u + i * n_, n_);
-    const double length = std::sqrt(square);
-    if (!std::isfinite(static_cast<float>(length))) return kLeft;
-    if (momentum != nullptr) keep(*momentum, grad);
     double step = 1.0;
     if (options_.norms != nullptr || options_.norm > 0.0)
       step = length > 0.0 ? (options_.norms != nullptr ? options_.norms[b] : options_.norm) / length : 0.0;
+    const W rate = static_cast<W>(-options_.lr * step), rest = static_cast<W>(1.0 - options_.lr * options_.weight_decay);
     for (int64_t i = 0; i < m_; ++i) {
+      W* w = packed_row<W>(weight, i);
+      if (w != nullptr) {
+        combine(rate, u + i * n_, rest, w, n_);
+        continue;
+      }
       load_row(weight, i, 0, n_, row_.get());
-      combine(static_cast<W>(-options_.lr * step), u + i * n_, static_cast<W>(1.0 - options_.lr * options_.weight_decay),
-              row_.get(), n_);
+      combine(rate, u + i * n_, rest, row_.get(), n_);
       store_row(weight, i, row_.get());
     }
     return static_cast<float>(length);
   }
 
  private:
+  bool in_place(const Block& momentum) const {
+    return !options_.nesterov && (left_ == nullptr) != (right_ == nullptr) && packed_row<W>(momentum, 0) != nullptr &&
+           momentum.row_stride >= n_;
+  }
+
+  double advance(const Block& momentum, const Block& grad) {
+    double square = 0.0;
+    for (int64_t i = 0; i < m_; ++i) {
+      const W* g = packed_row<W>(grad, i);
+      if (g == nullptr) {
+        load_row(grad, i, 0, n_, row_.get());
+        g = row_.get();
+      }
+      square += average(static_cast<W>(options_.momentum_decay), packed_row<W>(momentum, i),
+                        static_cast<W>(options_.momentum_weight), g, d_.get() + i * n_, n_);
+    }
+    return square;
+  }
+
+  double norm_of(const W* u) const {
+    double square = 0.0;
+    for (int64_t i = 0; i < m_; ++i) square += sum_of_squares(u + i * n_, n_);
+    return std::sqrt(square);
+  }
+
   // Row i from G to the momentum, or a step beyond it. The momentum itself is written once the block is known to be
   // finite.
   void direction(const Block& momentum, int64_t i, W* d) {
@@ -69,15 +111,16 @@ class Update {
     }
   }
 
-  void keep(const Block& momentum, const Block& grad) {
-    if (!options_.nesterov && (left_ == nullptr || right_ == nullptr)) {
-      // D is still there.
-      for (int64_t i = 0; i < m_; ++i) store_row(momentum, i, d_.get() + i * n_);
-      return;
-    }
+  void keep(const Block& momentum, const Block& grad, const W* u) {
     const W decay = static_cast<W>(options_.momentum_decay), weight = static_cast<W>(options_.momentum_weight);
-    W* g = (last_ == d_.get() ? u_ : d_).get();
+    // D is there yet, unless U took its place.
+    W* g = (u == d_.get() ? u_ : d_).get();
+    const bool there = !options_.nesterov && (u != d_.get() || (left_ == nullptr && right_ == nullptr));
     for (int64_t i = 0; i < m_; ++i) {
+      if (there) {
+        store_row(momentum, i, d_.get() + i * n_);
+        continue;
+      }
       load_row(momentum, i, 0, n_, row_.get());
       load_row(grad, i, 0, n_, g);
       combine(weight, g, decay, row_.get(), n_);
@@ -85,19 +128,20 @@ class Update {
     }
   }
 
-  // U = L D R. Row by row, so that the library sees the transposes.
-  const W* multiply(int64_t b) {
+  // U = L D R, D with rows `stride` apart. Row by row, so that the library sees the transposes.
+  const W* multiply(int64_t b, const W* from, int64_t stride) {
     const int m = static_cast<int>(m_), n = static_cast<int>(n_);
-    W *from = d_.get(), *to = u_.get();
+    W* to = u_.get();
     if (left_ != nullptr) {
-      lapack::gemm('N', 'N', n, m, m, W(1), from, n, left_ + b * m_ * m_, m, W(0), to, n);
-      std::swap(from, to);
+      lapack::gemm('N', 'N', n, m, m, W(1), from, static_cast<int>(stride), left_ + b * m_ * m_, m, W(0), to, n);
+      from = to;
+      to = d_.get();
+      stride = n_;
     }
     if (right_ != nullptr) {
-      lapack::gemm('N', 'N', n, m, n, W(1), right_ + b * n_ * n_, n, from, n, W(0), to, n);
-      std::swap(from, to);
+      lapack::gemm('N', 'N', n, m, n, W(1), right_ + b * n_ * n_, n, from, static_cast<int>(stride), W(0), to, n);
+      from = to;
     }
-    last_ = from;
     return from;
   }
 
@@ -105,7 +149,6 @@ class Update {
   int64_t m_, n_;
   const W *left_, *right_;
   Scratch<W> d_, u_, row_;
-  const W* last_ = nullptr;
 };
 
 template <typename W>

@@ -187,6 +187,31 @@ EFFKERN_CLONES double sum_of_squares(const float* x, int64_t n) {
 
 double sum_of_squares(const double* x, int64_t n) { return dot(x, x, n); }
 
+EFFKERN_CLONES double average(float a, float* m, float b, const float* g, float* before, int64_t n) {
+  double total = 0.0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    float lanes[kLanes] = {};
+    for_lanes(begin, std::min(begin + kBlock, n), [&](int l, int64_t i) EFFKERN_LAMBDA {
+      const float x = g[i], y = m[i];
+      before[i] = y;
+      m[i] = a * y + b * x;
+      lanes[l] += x * x;
+    });
+    total += sum_lanes(lanes);
+  }
+  return total;
+}
+
+double average(double a, double* m, double b, const double* g, double* before, int64_t n) {
+  double total = 0.0;
+  for (int64_t i = 0; i < n; ++i) {
+    total += g[i] * g[i];
+    before[i] = m[i];
+    m[i] = a * m[i] + b * g[i];
+  }
+  return total;
+}
+
 EFFKERN_CLONES void combine(float a, const float* x, float b, float* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] = a * x[i] + b * y[i];
 }

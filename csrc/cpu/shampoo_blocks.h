@@ -56,7 +56,17 @@ void load(const Block& x, W* out, int64_t stride);
 template <typename W>
 void store_row(const Block& x, int64_t r, const W* values);
 
+// Row r where it can be used as it lies, else null.
+template <typename W>
+W* packed_row(const Block& x, int64_t r) {
+  const bool wide = x.type == (sizeof(W) == sizeof(float) ? ScalarType::Float : ScalarType::Double);
+  return wide && x.column_stride == 1 ? static_cast<W*>(x.data) + r * x.row_stride : nullptr;
+}
+
 // Loops over wide rows.
+// before = m, m = a m + b g; returns the sum of squares of g.
+double average(float a, float* m, float b, const float* g, float* before, int64_t n);
+double average(double a, double* m, double b, const double* g, double* before, int64_t n);
 // Sum of squares.
 double sum_of_squares(const float* x, int64_t n);
 double sum_of_squares(const double* x, int64_t n);

@@ -51,7 +51,7 @@ double largest_of_tridiagonal(const double* alpha, const double* beta, int k) {
     low = std::max(low, alpha[i]);
     high = std::max(high, alpha[i] + radius);
   }
-  for (int step = 0; step < 60 && high - low > 1e-7 * high; ++step) {
+  for (int step = 0; step < 60 && high - low > 1e-9 * high; ++step) {
     const double middle = 0.5 * (low + high);
     // All pivots of (T - middle I) negative: all eigenvalues are below.
     bool below = true;
@@ -115,7 +115,7 @@ class Root {
   }
 
  private:
-  static constexpr int kLanczos = 12;
+  static constexpr int kLanczos = 40;
 
   int64_t panel_floats() const {
 #if defined(EFFKERN_HAS_BF16)
@@ -176,7 +176,8 @@ class Root {
 
   // sum_k w_k (A / s + (delta + t_k) I)^-1 s^exponent, s = (1 + ridge) lambda_max, in the lower triangle of x_.
   bool rational() {
-    top_ = lambda_max();
+    // A tenth of what the partial fractions truncate (rational.tolerance).
+    top_ = lambda_max(0.1 * std::min(1e-3, 1e-8 / options_.ridge));
     if (!(top_ > 0.0)) return false;
     const double s = (1.0 + options_.ridge) * top_, delta = options_.ridge / (1.0 + options_.ridge);
     const double unit = std::pow(s, options_.exponent);
@@ -220,8 +221,9 @@ class Root {
     return x;
   }
 
-  // Lanczos from the signs and the row with the largest diagonal, orthogonalised against all vectors before.
-  double lambda_max() {
+  // Lanczos from the signs and the row with the largest diagonal, orthogonalised against all vectors before, until four
+  // steps more change the eigenvalue by less than `accuracy`.
+  double lambda_max(double accuracy) {
     const int most = static_cast<int>(std::min<int64_t>(kLanczos, n_));
     W* v = vectors_.get();
     int64_t largest = 0;
@@ -230,11 +232,10 @@ class Root {
     const double diagonal = a_.get()[largest * n_ + largest];
     if (!(diagonal > 0.0)) return 0.0;
     signs(v, n_);
-    for (int64_t i = 0; i < n_; ++i) v[i] = v[i] * W(0.1) + a_.get()[largest * n_ + i] / static_cast<W>(diagonal);
-    double alpha[kLanczos], beta[kLanczos];
-    int k = 0;
+    combine(static_cast<W>(1.0 / diagonal), a_.get() + largest * n_, W(0.1), v, n_);
+    double alpha[kLanczos], beta[kLanczos], found = 0.0;
     double length = std::sqrt(static_cast<double>(dot(v, v, n_)));
-    for (; k < most; ++k) {
+    for (int k = 0; k < most; ++k) {
       W* q = v + k * n_;
       combine(W(0), q, static_cast<W>(1.0 / length), q, n_);
       W* next = v + (k + 1) * n_;
@@ -243,13 +244,15 @@ class Root {
       for (int j = 0; j <= k; ++j) combine(static_cast<W>(-dot(v + j * n_, next, n_)), v + j * n_, W(1), next, n_);
       length = std::sqrt(static_cast<double>(dot(next, next, n_)));
       beta[k] = length;
-      // The space is closed: the eigenvalue is exact.
-      if (!(length > 1e-5 * std::abs(alpha[0]))) {
-        ++k;
-        break;
+      // A space that is closed has the eigenvalue itself.
+      const bool closed = !(length > 1e-5 * std::abs(alpha[0]));
+      if (closed || k + 1 == most || k % 4 == 3) {
+        const double before = found;
+        found = largest_of_tridiagonal(alpha, beta, k + 1);
+        if (closed || found - before < accuracy * found) break;
       }
     }
-    return largest_of_tridiagonal(alpha, beta, k);
+    return found;
   }
 
   // |X^p (max(A, 0) + ridge lambda_max) v - v| / |v| for the signs; x_ is made whole first.

@@ -118,8 +118,7 @@ def test_partial_fractions():
             assert ((wrong[1:] * wrong[:-1]) < 0).sum() == 2 * len(poles)
 
 
-# One number; one lane, one tile, one block of 48 and those around them; two blocks and a tail. The largest eigenvalue
-# of so flat a spectrum is found to half a percent, which moves the ridge.
+# One number; one lane, one tile, one block of 48 and those around them; two blocks and a tail.
 @needs_cpp
 @pytest.mark.parametrize("tiles", [True, False])
 def test_sizes_cpp(tiles):
@@ -128,7 +127,7 @@ def test_sizes_cpp(tiles):
         for n in (1, 2, 15, 16, 17, 48, 49, 64, 113):
             G = torch.randn(2, n, 2 * n, dtype=torch.float64)
             A = symmetric(G @ G.mT)
-            for method, bound in (("eigh", 1e-5), ("rational", tolerance(1e-3) + 1e-4)):
+            for method, bound in (("eigh", 1e-5), ("rational", tolerance(1e-3) + 2e-5)):
                 found = inverse_root(A, ridge=1e-3, method=method, impl="cpp")
                 assert rel_err(found.root, truth(A, ridge=1e-3)) < bound, (n, method)
                 assert torch.equal(found.root, found.root.mT)

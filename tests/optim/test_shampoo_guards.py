@@ -253,6 +253,8 @@ BAD_OPTIONS = [
     ({"lr": torch.ones(2)}, r"lr must have one element where it is a tensor, got \(2,\)"),
     ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
     ({"ridge": math.nan}, r"ridge must be at least 0, got nan"),
+    ({"graft_scale": 0.0}, r"graft_scale must be positive and finite, got 0.0"),
+    ({"adamw_betas": (0.9, 1.0)}, r"adamw_betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
     ({"pseudo_inverse": 2.0}, r"pseudo_inverse must be None or a share .* got 2.0"),
     ({"block_size": 0}, r"block_size must be a whole number of at least 1, got 0"),
     ({"max_failures": True}, r"max_failures must be a whole number of at least 1, got True"),
@@ -317,6 +319,29 @@ def test_one_sided_takes_one_side():
         OneSidedShampoo([weight(3, 4)], side="both")
     with pytest.raises(TypeError, match="exponents must be left out"):
         OneSidedShampoo([weight(3, 4)], exponents=0.5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": torch.tensor(0.1, device="meta")},
+        {"side": "both", "grafting": "none"},
+        {"grafting": "adam", "precondition_frequency": 2},
+        {"accumulation": "kl", "side": "both"},
+        {"start_step": 3, "block_size": 8, "grafting": "sgd"},
+    ],
+    ids=str,
+)
+def test_no_value_is_read(options):
+    """Tensors without values: whatever a step asks of them beside shapes raises. Counters are read at `check_every`."""
+    parameters = [nn.Parameter(torch.empty(shape, device="meta")) for shape in [(12, 20), (12, 20), (20, 12)]]
+    optimizer = Shampoo(parameters, check_every=6, impl="reference", **options)
+    for p in parameters:
+        p.grad = torch.empty_like(p)
+    for _ in range(5):
+        optimizer.step()
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"meta|pin"):
+        optimizer.step()
 
 
 @pytest.mark.gpu

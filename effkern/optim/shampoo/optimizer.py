@@ -71,8 +71,9 @@ class Shampoo(torch.optim.Optimizer):
     AdamW steps have no such guard.
 
     State: momentum (second moment) in float32 and 2 p^2 float32 per block and side; float64 for float64 parameters.
-    Memory beside it: one batch of blocks at most; for sharded parameters see docs/shampoo.md. DTensors may be cut along
-    one mesh dimension by Shard. Deterministic.
+    Memory beside it: at most one batch of blocks of one shape with grafting "none" and "rms", some with the others,
+    before start_step, and for shards (docs/shampoo.md). DTensors may be cut along one mesh dimension by Shard.
+    Deterministic.
 
     Raises:
         ValueError: an option breaks a rule, or a weight is no matrix in memory.

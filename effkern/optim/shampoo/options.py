@@ -116,10 +116,11 @@ def check_group(group: dict[str, Any], *, warn: bool = True) -> None:
         ("root_method", ROOT_METHODS),
     ):  # fmt: skip
         _require(name, group[name] in known, f"be one of {known}", group[name])
-    for name in ("weight_decay", "graft_scale", "ridge", "eps"):
+    for name in ("weight_decay", "ridge", "eps"):
         value = group[name]
         # Written so that NaN fails.
         _require(name, isinstance(value, (int, float)) and value >= 0, "be at least 0", value)
+    _require("graft_scale", 0 < group["graft_scale"] < float("inf"), "be positive and finite", group["graft_scale"])
     tolerance = group["pseudo_inverse"]
     good = tolerance is None or (isinstance(tolerance, (int, float)) and 0 < tolerance < 1)
     _require("pseudo_inverse", good, "be None or a share of the largest eigenvalue in (0, 1)", tolerance)

@@ -116,7 +116,10 @@ def make_entry(group: dict[str, Any], parameter: Tensor, name: str, state: dict[
             ) from None
     layout = layout_of(parameter, name, left, right)
     entry = Entry(name, parameter, state, order, shape, left, right, layout, is_sharded(parameter))
-    entry.step = int(state.setdefault("step", torch.zeros((), dtype=torch.float32)))
+    if "step" in state:
+        entry.step = int(state["step"])
+    else:
+        state["step"] = torch.zeros((), dtype=torch.float32)
     return entry
 
 
