@@ -310,9 +310,7 @@ def test_cpp_opcheck():
     lists = (group.factors, group.moments, grads, group.wide)
     check(ops.lora_rite_update_.default, (*lists, *update, group.whiten, group.exact))
     found = ops.lora_rite_update_(*lists, *update, group.whiten, group.exact)
-    check(
-        ops.lora_rite_rebase_.default, (*found, update[0], group.whiten, group.transport, group.exact, True, 5e-7)
-    )
+    check(ops.lora_rite_rebase_.default, (*found, update[0], group.whiten, group.transport, group.exact, True, 5e-7))
 
 
 def good() -> tuple:

@@ -35,13 +35,14 @@ def lora_rite_step_(
 
     Args:
         groups: of `new_group`, after `lora_rite_rebuild_`. Factors, moments and all state are written in place.
-        grads: for each group one gradient per factor, of the factor's shape; other dtypes and layouts are copied. A pair
-            with None is left out of this step: its state and step count stay.
+        grads: for each group one gradient per factor, of the factor's shape; other dtypes and layouts are copied. A
+            pair with None is left out of this step: its state and step count stay.
         lrs: for each group a number, or a tensor on the groups' device: 0-d, or [F], a rate per factor.
         options: of each group; all share clip_grad and skip_rms.
         grad_scale: 0-d, what gradients are to be multiplied with (1 / the loss scale).
         found_inf: 0-d or [1]; not 0: nothing is written.
-        impl: "auto", "cpp" (CPU, float32), "triton" (CUDA, float32), "plain" (any device, float32 and float64).
+        impl: "auto", "cpp" (CPU, float32), "triton" (CUDA, float32, r <= 16; r x r work by effkern._C_cuda where it is
+            built), "plain" (any device, float32 and float64).
 
     Returns:
         0-d float64: squared norm of all unmagnified gradients before clipping. Not finite: the step was skipped, and
@@ -53,8 +54,8 @@ def lora_rite_step_(
         NotImplementedError: impl does not cover the device or the dtype.
 
     Memory: r x r matrices, and tiles; with impl="plain" copies of one factor. Deterministic: "cpp" gives the same bits
-    whatever the number of threads. No host read on CUDA; with "triton" five launches per group, addresses go to the device
-    when they change, so that a CUDA graph can hold the step.
+    whatever the number of threads. No host read on CUDA; with "triton" and effkern._C_cuda five launches per group;
+    addresses go to the device when they change, so that a CUDA graph can hold the step.
     Source: see reference.rite_step; the whitened Gram form is our own.
     """
     if not len(groups) == len(grads) == len(lrs) == len(options):
@@ -78,11 +79,9 @@ def lora_rite_step_(
     grams, traces = [], []
     for part, given, _, terms in parts:
         group = part.group
-        # The gradient of a factor is unmagnified by the other factor's basis.
-        h = stages.gram(given, group.wide, stages.plain.other(group.whiten), impl=impl)
-        h = h if scale is None else h * scale.square()
+        h, trace = stages.unmagnified(group, given, terms.skip_rms, scale, impl)
         grams.append(h)
-        traces.append(stages.traces(group, h, terms.skip_rms))
+        traces.append(trace)
     all_traces = torch.cat(traces) if len(traces) > 1 else traces[0]
     if found_inf is not None:
         found = _number("found_inf", found_inf).double().reshape(())
@@ -91,9 +90,7 @@ def lora_rite_step_(
     for (part, given, rates, terms), h in zip(parts, grams):
         group = part.group
         update = stages.precondition_(group, h, all_traces, rates, scale, terms, impl)
-        lists = (group.factors, group.moments, given, group.wide)
-        products = stages.update_(*lists, update, group.whiten, group.exact, impl=impl)
-        stages.rebase_(group, products, update.gate, terms.tolerance, impl)
+        stages.advance_(group, given, update, terms.tolerance, impl)
         put_back(part)
         gate = update.gate
     return gate
