@@ -21,9 +21,9 @@ $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*/*)
 demo: install
 	$(BIN)/effkern demo
 
-# Also the slow tests, which plain pytest leaves out.
+# Also the slow tests, which plain pytest leaves out. One process per core; a file stays in one process.
 test: install
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -m "slow or not slow" -n logical --maxprocesses=8 --dist loadscope --no-loadscope-reorder
 
 bench: install
 	$(BIN)/python -m benchmarks

@@ -1,4 +1,4 @@
-"""Everything a machine with a GPU must show: python -m benchmarks.gpu_session [--parts build ops laurel looped speed]
+"""Everything a machine with a GPU must show: python -m benchmarks.gpu_session [--parts PART ...]
 
 Builds the compiled modules in place, runs the op tests on the device, then the benchmarks, and writes
 benchmarks/results/<date>-<device>-<parts>.jsonl (one measurement per line) and .md (what ran, what failed, the tables).
@@ -32,6 +32,13 @@ LOSSES = [
     ("hidden", "jsd", 8192, 1024, 512, 32000),
 ]
 LAUREL_TESTS = "tests/ops/test_laurel_triton.py"
+OPTIM_TESTS = [
+    "tests/ops/test_shampoo.py",
+    "tests/ops/test_shampoo_root.py",
+    "tests/ops/test_batched_eigh.py",
+    "tests/ops/test_lora_rite.py",
+    "tests/ops/test_lora_rite_invariance.py",
+]
 LOOPED_TESTS = ["tests/ops/test_loop_step_triton.py", "tests/ops/test_looped_linear_attention_triton.py"]
 # The first compares all variants with float64; the last is decoding.
 LAUREL = [
@@ -52,7 +59,7 @@ class Step:
     lines: bool = False
 
 
-PARTS = ("build", "ops", "laurel", "looped", "speed")
+PARTS = ("build", "ops", "laurel", "looped", "optim", "speed")
 
 
 def steps(part: str, build_dir: str) -> list[Step]:
@@ -61,13 +68,15 @@ def steps(part: str, build_dir: str) -> list[Step]:
     if part == "build":
         return build_steps(build_dir)
     if part == "ops":
-        apart = [f"--ignore={path}" for path in (LAUREL_TESTS, *LOOPED_TESTS)]
+        apart = [f"--ignore={path}" for path in (LAUREL_TESTS, *LOOPED_TESTS, *OPTIM_TESTS)]
         return [Step("tests of the ops on the device", [*pytest, "tests/ops", *apart], 500)]
     # Apart, as most of the time is the compiler's: every option is another kernel.
     if part == "laurel":
         return [Step("laurel tests on the device", [*pytest, LAUREL_TESTS], 500)]
     if part == "looped":
         return [Step("tests of the looped ops on the device", [*pytest, *LOOPED_TESTS], 500)]
+    if part == "optim":
+        return optim_steps(pytest)
     return speed_steps()
 
 
@@ -78,6 +87,15 @@ def build_steps(build_dir: str) -> list[Step]:
         Step("build", ["cmake", "--build", build_dir], 400),
         Step("doctor", [PYTHON, "-m", "effkern.cli_doctor"], 30),
     ]  # fmt: skip
+
+
+def optim_steps(pytest: list[str]) -> list[Step]:
+    found = [Step("tests of the optimizers' ops on the device", [*pytest, *OPTIM_TESTS, "tests/optim"], 380)]
+    for options in ("--ranks=16 --pairs=500 --rows=4096", "--ranks=64 --pairs=64 --rows=4096"):
+        command = [PYTHON, "-m", "benchmarks.ops.lora_rite", "--device=cuda", "--rounds=9", "--json", *options.split()]
+        found.append(Step(f"lora_rite {options}", command, 45, lines=True))
+    command = [PYTHON, "-m", "benchmarks.ops.batched_eigh", "--device=cuda", "--rounds=5", "--json"]
+    return [*found, Step("batched_eigh", command, 45, lines=True)]
 
 
 def speed_steps() -> list[Step]:

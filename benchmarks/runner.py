@@ -38,7 +38,8 @@ def machine() -> dict[str, Any]:
             cpu = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), cpu)
     return {
         "date": date.today().isoformat(),
-        "cpu": cpu,
+        # Not "cpu", which is a variant's process CPU time.
+        "processor": cpu,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
@@ -66,6 +67,22 @@ def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, warmup
         name: Timing(statistics.median(wall[name]), min(wall[name]), max(wall[name]), statistics.median(cpu[name]))
         for name in variants
     }
+
+
+def keep_memory() -> None:
+    """From now on malloc keeps what is freed (glibc; elsewhere nothing happens).
+
+    Left alone it gives results of some MiB back to the system or not, as the variants before happened to leave the
+    heap, and a page fault for each 4 KiB (1 to 14 us on a virtual machine) costs more than many a variant's work.
+    """
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mmap_threshold, trim_threshold = -3, -1
+        # malloc takes no larger threshold than this one for mapping; a trim threshold of -1 is none.
+        mallopt(mmap_threshold, 1 << 25)
+        mallopt(trim_threshold, -1)
 
 
 def peak_memory(prepare: Callable[[], Callable[[], object]]) -> int:

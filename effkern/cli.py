@@ -21,23 +21,11 @@ if TYPE_CHECKING:
 _EXPECTED = (ValueError, OSError, ImportError, NotImplementedError)
 
 
-def demo(out: Path = Path("runs/demo"), seed: int = 0) -> int:
-    """Train a small teacher and two students on real text, and write a report: minutes on two CPU cores.
+def demo(arguments: Sequence[str]) -> int:
+    """A small teacher and two students, and a report."""
+    from effkern.cli_demo import demo as run
 
-    Args:
-        out: folder of the demo; an interrupted demo in it goes on.
-        seed: of weights and data order.
-    """
-    from effkern.train.demo import DemoInterrupted, run_demo
-
-    try:
-        run_demo(out, seed=seed)
-    except DemoInterrupted as stop:
-        print(stop)
-        return 128 + stop.signum
-    print((out / "report.md").read_text().split("![curves]")[0])
-    print(f"report: {out / 'report.md'}, {out / 'report.json'}, {out / 'curves.png'}")
-    return 0
+    return _tyro(run, "demo")(arguments)
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -320,6 +308,13 @@ def bench(arguments: Sequence[str]) -> int:
     return subprocess.run([sys.executable, "-m", "benchmarks", *arguments], cwd=root, check=False).returncode
 
 
+def finetune(arguments: Sequence[str]) -> int:
+    """LoRA on a trained checkpoint."""
+    from effkern.cli_finetune import finetune as run
+
+    return _tyro(run, "finetune")(arguments)
+
+
 def data(arguments: Sequence[str]) -> int:
     """The subcommands of `effkern data`."""
     import tyro
@@ -343,8 +338,9 @@ def _tyro(function: Callable[..., int], name: str) -> Callable[[Sequence[str]], 
 
 
 _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
-    "demo": ("train a teacher and two students on real text, write a report (minutes)", _tyro(demo, "demo")),
+    "demo": ("train a teacher and two students on real text, write a report (minutes)", demo),
     "train": ("train one model: --preset NAME, --config FILE.toml, --dry-run", train),
+    "finetune": ("train LoRA adapters on a checkpoint (LoRA-RITE, AdamW ...), merge and export", finetune),
     "eval": ("loss, accuracy and bits per byte of a checkpoint", _tyro(evaluate, "eval")),
     "generate": ("continue a prompt with a checkpoint", _tyro(generate, "generate")),
     "data": ("build: pack text; stats: what a dataset holds; soft-labels: write a teacher's labels for it", data),

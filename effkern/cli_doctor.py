@@ -20,6 +20,9 @@ MODULES = {
 }
 
 
+NOTES = {"lora_rite": "ranks above 128 take torch's operations and its eigensolver (LAPACK, cuSOLVER)"}
+
+
 def report() -> dict[str, Any]:
     """Everything `effkern doctor` prints, as plain values."""
     for module in iter_modules(ops.__path__, "effkern.ops."):
@@ -28,6 +31,7 @@ def report() -> dict[str, Any]:
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     return {
+        "notes": NOTES,
         "versions": {
             "effkern": effkern.__version__,
             "torch": torch.__version__,
@@ -77,6 +81,8 @@ def as_table(found: dict[str, Any]) -> str:
         for device, choice in devices.items():
             lines.append(f"  {op} on {device}: {choice['uses']}")
             lines += [f"      not {name}: {reason}" for name, reason in choice["not"].items()]
+        if op in found["notes"]:
+            lines.append(f"      {found['notes'][op]}")
     return "\n".join(lines)
 
 

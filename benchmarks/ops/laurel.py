@@ -8,7 +8,8 @@ The floor of a residual with a low-rank map is a plain one, `laurel_residual(bra
 the bare skinny products by torch.mm, all rows at once, into buffers that exist: forward x A and u B, backward also
 g B^T, dU A^T, x^T dU and u^T g. Moves count what the op must read and write of N x D elements: forward reads f and x
 and writes y and z (4); backward reads the gradients of y and z, x and y, and writes those of f and x (6). `copy` moves
-as many bytes by Tensor.copy_ into memory that exists; the op's results are fresh memory, as they are in training.
+as many bytes by Tensor.copy_ into memory that exists. malloc keeps the memory of earlier results (runner.keep_memory),
+as every allocator with a cache does; `--fresh` leaves it as it is, and which variant then pays for page faults is luck.
 """
 
 import argparse
@@ -232,6 +233,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", action="store_true", help="also peak memory beyond the inputs")
+    parser.add_argument("--fresh", action="store_true", help="leave malloc as it is")
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -245,6 +247,8 @@ def main() -> None:
         shape = (case["rows"], case["dim"], case["rank"], getattr(torch, case["dtype"]))
         print(runner.peak_memory(lambda: variants(make(*shape), case["pass"])[a.peak_of]))
         return
+    if not a.fresh:
+        runner.keep_memory()
     if not a.json:
         print(json.dumps(runner.machine()))
         print(HEAD, "|" + "---|" * HEAD.count(" |"), sep="\n", flush=True)

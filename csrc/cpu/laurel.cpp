@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "cpu/group_sums.h"
 #include "cpu/laurel_operands.h"
 #include "cpu/row_chunks.h"
 
@@ -63,8 +64,17 @@ struct BackwardProblem {
 
 // Where a group of chunks adds up its sums over tokens.
 struct Sums {
-  float *down = nullptr, *up = nullptr, *gram = nullptr, *norm_weight = nullptr;
+  float *down, *up, *gram, *norm_weight;
+  double* others;
+};
+
+// Where the sums of all groups are written. That of `down` is float or bfloat16.
+struct Results {
+  void* down = nullptr;
+  bool down_is_float = true;
+  float *up = nullptr, *gram = nullptr, *norm_weight = nullptr;
   double* others = nullptr;
+  int64_t others_stride = 0;
 };
 
 template <typename T>
@@ -183,56 +193,49 @@ void backward_chunk(const BackwardProblem<T>& p, int64_t first, int64_t last, co
   }
 }
 
-// `total` has been set to zero, or holds what is added to.
 template <typename T>
-void backward_chunks(const BackwardProblem<T>& p, const Sums& total, int64_t sums_stride) {
+void backward_chunks(const BackwardProblem<T>& p, const Results& results) {
   const LowRank<T>& l = p.low;
   const int64_t dim = l.dim, matrices = l.columns + l.rank;
   // Partial sums cost as much as the rows they are for if there are too many.
   const int64_t most = matrices ? std::min(kGroups, p.num_rows / (2 * matrices)) : kNarrowGroups;
   const Cut groups(0, p.num_rows, std::max<int64_t>(1, std::min(most, p.num_rows * dim / kNarrowGrain)));
-  const int64_t of_down = total.down ? dim * l.columns : 0, of_up = dim * l.rank;
-  const int64_t of_gram = total.gram ? l.rank * l.rank : 0, of_norm = total.norm_weight ? dim : 0;
+  const int64_t of_down = dim * l.columns, of_up = dim * l.rank;
+  const int64_t of_gram = results.gram ? l.rank * l.rank : 0, of_norm = results.norm_weight ? dim : 0;
   const int64_t columns = p.rows.sum_per_channel ? dim : 1, others = static_cast<int64_t>(p.rows.others.size());
   const int64_t size = of_down + of_up + of_gram + of_norm, parts = groups.parts();
-  // The first group adds to the results themselves.
-  const Buffer<float> partial(std::max<int64_t>(0, parts - 1) * size);
+  const Buffer<float> partial(parts * size);
   std::vector<double> partial_others(parts * others * columns);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     const int64_t most_chunks = least_chunks<T>(groups.step, dim, kBackwardBytes<T>);
     BackwardScratch<T> scratch(p, Cut(0, groups.step, most_chunks).step);
     for (int64_t i = begin; i < end; ++i) {
-      Sums sums = total;
-      if (i > 0) {
-        float* at = partial.get() + (i - 1) * size;
-        std::fill_n(at, size, 0.0f);
-        sums.down = at;
-        sums.up = at + of_down;
-        sums.gram = at + of_down + of_up;
-        sums.norm_weight = of_norm ? at + of_down + of_up + of_gram : nullptr;
-      }
-      sums.others = partial_others.data() + i * others * columns;
+      float* at = partial.get() + i * size;
+      std::fill_n(at, size, 0.0f);
+      const Sums sums{at, at + of_down, of_gram ? at + of_down + of_up : nullptr,
+                      of_norm ? at + of_down + of_up + of_gram : nullptr,
+                      partial_others.data() + i * others * columns};
       const Cut chunks(groups.first(i), groups.last(i), most_chunks);
       for (int64_t c = 0; c < chunks.parts(); ++c)
         backward_chunk(p, chunks.first(c), chunks.last(c), sums, scratch);
     }
   });
-  const auto add_up = [&](float* to, int64_t offset, int64_t count) {
-    torch::stable::parallel_for(0, count, kNarrowGrain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = 1; i < parts; ++i) {
-        const float* from = partial.get() + (i - 1) * size + offset;
-        for (int64_t v = begin; v < end; ++v) to[v] += from[v];
-      }
-    });
-  };
-  add_up(total.down, 0, of_down);
-  add_up(total.up, of_down, of_up);
-  add_up(total.gram, of_down + of_up, of_gram);
-  add_up(total.norm_weight, of_down + of_up + of_gram, of_norm);
-  for (int64_t i = 0; i < parts; ++i)
-    for (int64_t j = 0; j < others; ++j)
-      for (int64_t v = 0; v < columns; ++v)
-        total.others[j * sums_stride + v] += partial_others[(i * others + j) * columns + v];
+  GroupSums total(partial.get(), parts, size);
+  if (results.down_is_float) {
+    total.next(static_cast<float*>(results.down), of_down);
+  } else {
+    total.next(static_cast<BFloat16*>(results.down), of_down);
+  }
+  total.next(results.up, of_up);
+  total.next(results.gram, of_gram);
+  total.next(results.norm_weight, of_norm);
+  total.write();
+  for (int64_t j = 0; j < others; ++j) {
+    double* to = results.others + j * results.others_stride;
+    std::fill_n(to, columns, 0.0);
+    for (int64_t i = 0; i < parts; ++i)
+      for (int64_t v = 0; v < columns; ++v) to[v] += partial_others[(i * others + j) * columns + v];
+  }
 }
 
 // Of a norm or sums: what comes together.
@@ -306,8 +309,7 @@ void backward_as(const Optional& grad_y, const Optional& grad_normed, const Opti
   if (own) p.own = p.low.template narrow<const T>(*own, shape, p.low.columns);
   if (grad_own) p.grad_own = p.low.template narrow<const T>(*grad_own, shape, p.low.columns);
   if (grad_past) p.grad_past = p.low.template narrow<T>(*grad_past, shape, p.low.rank - p.low.own);
-  Sums total;
-  int64_t sums_stride = 0;
+  Results results;
   if (sums) {
     check(sums->scalar_type() == ScalarType::Double && sums->dim() == 2 &&
               sums->size(0) == 2 + static_cast<int64_t>(addends.size()) &&
@@ -316,14 +318,20 @@ void backward_as(const Optional& grad_y, const Optional& grad_normed, const Opti
     p.rows.others = wide<const T>(addends, shape);
     p.rows.others.insert(p.rows.others.begin(), {branch ? wide<const T>(branch, shape) : p.rows.y, p.x});
     p.rows.sum_per_channel = sums->size(1) > 1;
-    total.others = static_cast<double*>(sums->data_ptr());
-    sums_stride = sums->stride(0);
+    results.others = static_cast<double*>(sums->data_ptr());
+    results.others_stride = sums->stride(0);
   }
-  total.norm_weight = vector(grad_norm_weight, shape.dim);
-  total.down = packed_matrix(grad_down, shape.dim, p.low.columns);
-  total.up = packed_matrix(grad_up, p.low.rank, shape.dim);
-  total.gram = packed_matrix(grad_gram, p.low.rank, p.low.rank);
-  backward_chunks(p, total, sums_stride);
+  results.norm_weight = vector(grad_norm_weight, shape.dim);
+  if (grad_down) {
+    results.down_is_float = grad_down->scalar_type() == ScalarType::Float;
+    check((results.down_is_float || grad_down->scalar_type() == ScalarType::BFloat16) && grad_down->dim() == 2 &&
+              grad_down->size(0) == shape.dim && grad_down->size(1) == p.low.columns && grad_down->is_contiguous(),
+          "grad_down must be contiguous float32 or bfloat16 [D, S]");
+    results.down = grad_down->data_ptr();
+  }
+  results.up = packed_matrix(grad_up, p.low.rank, shape.dim);
+  results.gram = packed_matrix(grad_gram, p.low.rank, p.low.rank);
+  backward_chunks(p, results);
 }
 
 bool is_bfloat16(const Tensor& x) {

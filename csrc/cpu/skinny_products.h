@@ -8,22 +8,15 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <array>
 #include <memory>
 #include <type_traits>
 
+#include "cpu/dtypes.h"
 #include "cpu/rows.h"
 
 namespace effkern {
-
-using torch::headeronly::ScalarType;
-
-template <typename T>
-constexpr ScalarType type_of() {
-  return sizeof(T) == sizeof(float) ? ScalarType::Float : ScalarType::BFloat16;
-}
 
 // Memory that is written before it is read.
 template <typename T>

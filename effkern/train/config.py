@@ -65,9 +65,51 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with linear warm-up and a cosine to lr * min_lr_ratio. No restart at the switch of stages."""
+class ShampooConfig:
+    """Shampoo of the matrices inside the layers (effkern.optim.Shampoo); everything else stays AdamW's."""
 
+    side: Literal["auto", "left", "right", "both"] = "auto"
+    """auto: the smaller side of each matrix."""
+    exponent: float = 0.0
+    """a of L^-a on each side in use; 0: 1/2 on one side, 1/4 on both."""
+    lr_ratio: float = 1.0
+    """Learning rate of these matrices, as a multiple of optimizer.lr. With grafting="rms" a step has a root mean square
+    of 0.2 times its learning rate, as AdamW's has about, so that 1 is the place to start from."""
+    beta2: float = 0.8
+    """Of the factors; optimizer.beta1 is that of the momentum."""
+    ridge: float = 1e-6
+    """Added to the factors, relative to their largest eigenvalue."""
+    grafting: Literal["none", "rms", "sgd", "adagrad", "rmsprop", "adam"] = "rms"
+    precondition_frequency: int = 1
+    """Steps between two roots."""
+    start_step: int = 1
+    """First step with preconditioner."""
+    block_size: int = 1024
+    """Matrices are cut into blocks of at most this size along preconditioned sides."""
+
+    def __post_init__(self) -> None:
+        name = "optimizer.shampoo"
+        _require(
+            name, "side", self.side in ("auto", "left", "right", "both"), "be auto, left, right or both", self.side
+        )
+        grafts = ("none", "rms", "sgd", "adagrad", "rmsprop", "adam")
+        _require(name, "grafting", self.grafting in grafts, f"be one of {grafts}", self.grafting)
+        _require(name, "lr_ratio", self.lr_ratio > 0, "be positive", self.lr_ratio)
+        _require(name, "beta2", 0 <= self.beta2 < 1, "be in [0, 1)", self.beta2)
+        _require(name, "exponent", 0 <= self.exponent <= 2, "be in [0, 2]", self.exponent)
+        _require(name, "ridge", self.ridge >= 0, "be at least 0", self.ridge)
+        for field_ in ("precondition_frequency", "start_step", "block_size"):
+            _require(name, field_, getattr(self, field_) >= 1, "be at least 1", getattr(self, field_))
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, or Shampoo for matrices, with linear warm-up and a cosine to lr * min_lr_ratio.
+
+    No restart at the switch of stages.
+    """
+
+    name: Literal["adamw", "shampoo"] = "adamw"
     lr: float = 1e-3
     min_lr_ratio: float = 0.1
     warmup_steps: int = 20
@@ -78,8 +120,11 @@ class OptimizerConfig:
     """Of matrices; the embedding and 1-d parameters have none."""
     clip_norm: float = 1.0
     """Largest norm of the whole gradient; 0 does not clip."""
+    shampoo: ShampooConfig = field(default_factory=ShampooConfig)
+    """Used with name = "shampoo"."""
 
     def __post_init__(self) -> None:
+        _require("optimizer", "name", self.name in ("adamw", "shampoo"), "be adamw or shampoo", self.name)
         for name in ("lr", "eps"):
             _require("optimizer", name, getattr(self, name) > 0, "be positive", getattr(self, name))
         for name in ("beta1", "beta2"):
@@ -166,6 +211,43 @@ class RunConfig:
         )
 
 
+LORA_OPTIMIZERS = ("lora_rite", "adamw", "lora_muon", "scaled_adam")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Adapters on a trained model instead of all weights of a new one; rank 0: none (`effkern finetune` sets them)."""
+
+    checkpoint: str = ""
+    """The trained model: a run directory (its newest checkpoint) or one step directory."""
+    rank: int = 0
+    alpha: float = 16.0
+    """W' = W + (alpha / rank) B A."""
+    dropout: float = 0.0
+    targets: str = "qkv,out,gate_up,down"
+    """Layers that get an adapter, by the end of their names, with commas between."""
+    optimizer: str = "lora_rite"
+    """lora_rite, adamw, lora_muon or scaled_adam."""
+    lr_ratio: float = 1.0
+    """Learning rate of B over that of A (LoRA+)."""
+    train_A: bool = True
+    """False: A stays as it starts (LoRA-FA)."""
+
+    def __post_init__(self) -> None:
+        _require("lora", "rank", self.rank >= 0, "be at least 0", self.rank)
+        _require("lora", "alpha", self.alpha > 0, "be positive", self.alpha)
+        _require("lora", "dropout", 0 <= self.dropout < 1, "be in [0, 1)", self.dropout)
+        _require("lora", "lr_ratio", self.lr_ratio > 0, "be positive", self.lr_ratio)
+        known = self.optimizer in LORA_OPTIMIZERS
+        _require("lora", "optimizer", known, f"be one of {LORA_OPTIMIZERS}", self.optimizer)
+        one = (self.rank > 0) == bool(self.checkpoint)
+        _require("lora", "checkpoint", one, f"be given exactly where lora.rank={self.rank} is not 0", self.checkpoint)
+
+    @property
+    def target_names(self) -> list[str]:
+        return [name.strip() for name in self.targets.split(",") if name.strip()]
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One run of `effkern train`."""
@@ -176,6 +258,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         fits = self.data.seq_len <= self.model.max_seq_len
@@ -195,5 +278,5 @@ _FREE_RUN_FIELDS = (
 )
 # A run may be resumed with other values of these: they cannot change what is computed.
 # The paths may move; the hashes of what they point to are compared instead.
-_FREE_PATHS = ("data.path", "teacher.checkpoint", "teacher.cache")
+_FREE_PATHS = ("data.path", "teacher.checkpoint", "teacher.cache", "lora.checkpoint")
 FREE_ON_RESUME = frozenset((*(f"run.{name}" for name in _FREE_RUN_FIELDS), *_FREE_PATHS))

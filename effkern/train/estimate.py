@@ -8,10 +8,12 @@ from effkern.models import DecoderConfig, count_parameters, forward_flops
 from effkern.models.parts import STACKS
 from effkern.models.stages import parse_stages
 from effkern.train.config import TrainConfig
+from effkern.train.optimizer import planned
 from effkern.train.schedules import teacher_steps
 
 FORMULAS = (
-    "weights 4 B, gradients 4 B, AdamW moments 8 B a parameter; bf16 adds a 2 B copy of what autocast casts",
+    "weights 4 B, gradients 4 B, AdamW moments 8 B a parameter; bf16 adds a 2 B copy of what autocast casts;",
+    "  Shampoo: momentum 4 B a parameter and 8 p^2 B a block with a preconditioner of size p",
     "activations = micro-batch tokens x [blocks x (2 d (8 + a) + a D (4 H + 3 K) + 4 a m) + d (8 + a)],",
     "  a = bytes of a product's result (2 in bf16, 4 in fp32); H, K, D heads, kv heads, head size; m mlp size;",
     "  what autograd keeps; torch.compile keeps less. A looped stage of k layers and L loops keeps L k blocks with",
@@ -111,7 +113,7 @@ def estimate(config: TrainConfig, dtype: torch.dtype, teacher: DecoderConfig | N
         teacher_tokens=teacher_tokens,
         weights=4 * parameters,
         gradients=4 * parameters,
-        optimizer=8 * parameters,
+        optimizer=8 * parameters if config.optimizer.name == "adamw" else planned(config)[1],
         autocast_copies=copies,
         activations=activation_bytes(config.model, config.data.micro_rows * config.data.seq_len, dtype),
         teacher_weights=4 * count_parameters(teacher) if teacher is not None and stage_one else 0,
@@ -159,6 +161,8 @@ def render(numbers: Estimate, config: TrainConfig, dtype: torch.dtype, unconfirm
         f"  activations {_bytes(numbers.activations)} (micro-batch of {data.micro_rows} x {data.seq_len})",
         f"  teacher     {_bytes(numbers.teacher_weights)}",
         f"FLOPs         {numbers.student_flops:.3e} student, {numbers.teacher_flops:.3e} teacher (+{100 * share:.1f}%)",
+        "parameter groups",
+        *(f"  {line}" for line in planned(config)[0]),
         "formulas",
         *(f"  {line}" for line in FORMULAS),
     ]

@@ -20,9 +20,9 @@ from effkern.train.device import choose_device, choose_precision, set_threads
 from effkern.train.evaluate import EvalResult, evaluate
 from effkern.train.lock import RunLock
 from effkern.train.log import RunLog, read_log
-from effkern.train.optimizer import build_optimizer
+from effkern.train.optimizer import build_optimizer, parameter_report
 from effkern.train.progress import Reporter, reporter_for
-from effkern.train.restore import Inputs, RunState, check_same_run, load_teacher, restore, snapshot
+from effkern.train.restore import Inputs, RunState, Stored, check_same_run, load_teacher, restore, snapshot
 from effkern.train.schedules import learning_rate, omega_at, teacher_steps
 from effkern.train.signals import StopRequest
 from effkern.train.step import StepResult, to_device, train_step
@@ -63,7 +63,12 @@ class TrainResult:
 class Trainer:
     """One run: made from a config, driven by `run`. Tests and the demo hold it; the CLI calls `train`."""
 
+    adapters = False
+    """The model is a checkpoint with adapters."""
+
     def __init__(self, config: TrainConfig, *, title: str = "train", quiet: bool = False) -> None:
+        if config.lora.rank and not self.adapters:
+            raise ValueError(f"lora.rank must be 0 to train a whole model (effkern finetune), got {config.lora.rank}")
         self.config, self.title, self.quiet = config, title, quiet
         self.out = Path(config.run.out)
         set_threads(config.run)
@@ -80,15 +85,24 @@ class Trainer:
         self.order = BatchOrder(
             self.dataset, seq_len=config.data.seq_len, batch_size=config.data.batch_size, seed=config.data.seed
         )
-        self.model = Decoder(config.model, seed=config.run.seed, device=self.device)
+        self.model = self._model()
         self.forward = compiled(self.model) if config.run.compile else self.model
-        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.optimizer = self._optimizer()
+        self.stored: Stored = self.model
+        """What a checkpoint holds of the model."""
         self.state = RunState()
         self.teacher: Decoder | None = None
         self.cached: CachedTeacher | None = None
         self.stage_one = teacher_steps(config.schedule)
-        self._notes: list[str] = []
+        self.groups = parameter_report(self.model, self.optimizer)
+        self._notes: list[str] = self.groups if config.optimizer.name != "adamw" else []
         self._saved_step = -1
+
+    def _model(self) -> Decoder:
+        return Decoder(self.config.model, seed=self.config.run.seed, device=self.device)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return build_optimizer(self.model, self.config.optimizer)
 
     def run(self) -> TrainResult:
         """Train from the newest checkpoint, or from step 0, to the last step, a signal, or an error."""
@@ -123,7 +137,7 @@ class Trainer:
             check_same_run(found, self.config, self.inputs)
             stored = found.data["inputs"]
             self.inputs = replace(self.inputs, teacher=stored["teacher"], labels=stored.get("labels", ""))
-            self.state = restore(found, self.model, self.optimizer)
+            self.state = restore(found, self.stored, self.optimizer)
             for path, problem in found.problems.items():
                 self._notes.append(f"skipped and renamed to {set_aside(path).name}: {problem}")
             self._saved_step = found.step
@@ -141,6 +155,8 @@ class Trainer:
         rate_ema = 0.0
         if state.step == 0:
             log.write("eval", 0, self.validate())
+            if config.optimizer.name != "adamw":
+                log.write("groups", 0, {"lines": self.groups})
         while state.step < config.schedule.steps and stop.signum is None:
             step = state.step
             if (self.teacher or self.cached) is not None and step >= self.stage_one:
@@ -178,7 +194,7 @@ class Trainer:
         if self.cached is not None and omega > 0:
             with timer.measure("teacher"):
                 labels = self.cached.labels(step)
-        if config.model.loop.init == "noise":
+        if config.model.loop.init == "noise" or config.lora.dropout:
             # The only draws that use the default generators.
             torch.manual_seed(generator_for(config.run.seed, f"step {step}").initial_seed())
         result = train_step(
@@ -217,7 +233,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of the present state."""
-        checkpoint = snapshot(self.model, self.optimizer, self.state, self.config, self.inputs)
+        checkpoint = snapshot(self.stored, self.optimizer, self.state, self.config, self.inputs)
         self._saved_step = self.state.step
         return save_checkpoint(self.out / "checkpoints", checkpoint, self.config.run.keep_last)
 

@@ -87,6 +87,24 @@ def plot_comparison(runs: dict[str, Any], switch_tokens: int, path: Path) -> Non
     figure.savefig(path)
 
 
+def plot_finetune(report: dict[str, Any], path: Path) -> None:
+    """Validation loss over tokens of every learning rate; the best of each optimizer in full colour."""
+    names = {"adamw": ("AdamW", "#0072B2"), "lora_rite": ("LoRA-RITE", "#D55E00")}
+    figure, axes = _figure(1)
+    axis = axes[0][0]
+    for name, runs in report["runs"].items():
+        label, colour = names[name]
+        for rate, run in runs.items():
+            best = rate == f"{report['best'][name]:g}"
+            style = {"label": f"{label}, {rate}"} if best else {"alpha": 0.35, "lw": 0.8}
+            tokens = [e["tokens"] / 1e3 for e in run["evals"]]
+            axis.plot(tokens, [e["loss"] for e in run["evals"]], "o-", ms=3, color=colour, **style)
+    axis.set(xlabel="thousand tokens (faint: the other learning rates)", ylabel="validation loss, nats per token")
+    axis.legend(frameon=False)
+    _tidy(axes)
+    figure.savefig(path)
+
+
 def _tidy(axes: Any) -> None:
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)

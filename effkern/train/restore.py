@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -13,6 +13,12 @@ from effkern.train.checkpoint import Checkpoint, CheckpointError, load_checkpoin
 from effkern.train.config import FREE_ON_RESUME, TrainConfig
 from effkern.train.mapping import differences, overlay
 from effkern.train.state_codec import decode, encode
+
+
+class Stored(Protocol):
+    """What of a model a checkpoint holds: the model itself, or its adapter."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]: ...
 
 
 @dataclass
@@ -41,6 +47,8 @@ class Inputs:
     teacher: str = ""
     labels: str = ""
     """Of the soft-label cache, where there is one in place of a teacher."""
+    base: str = ""
+    """Of the weights below an adapter."""
 
     @staticmethod
     def of(dataset: PackedDataset) -> "Inputs":
@@ -63,7 +71,7 @@ class LoadedModel:
 
 
 def snapshot(
-    model: models.Decoder, optimizer: torch.optim.Optimizer, state: RunState, config: TrainConfig, inputs: Inputs
+    model: Stored, optimizer: torch.optim.Optimizer, state: RunState, config: TrainConfig, inputs: Inputs
 ) -> Checkpoint:
     """Everything a resumed run needs. The data order needs no state: it is a function of (data.seed, step)."""
     kept: dict[str, torch.Tensor] = {"rng.cpu": torch.get_rng_state()}
@@ -88,9 +96,9 @@ def check_same_run(checkpoint: Checkpoint, config: TrainConfig, inputs: Inputs) 
     begun = overlay(TrainConfig(), checkpoint.data["config"], source=f"checkpoint {checkpoint.path}")
     wrong = differences(asdict(begun), config, FREE_ON_RESUME)
     stored = checkpoint.data["inputs"]
-    for name in ("dataset", "tokenizer"):
-        if stored[name] != getattr(inputs, name):
-            wrong.append(f"{name} (hash): {stored[name][:12]} -> {getattr(inputs, name)[:12]}")
+    for name in ("dataset", "tokenizer", "base"):
+        if stored.get(name, "") != getattr(inputs, name):
+            wrong.append(f"{name} (hash): {stored.get(name, '')[:12]} -> {getattr(inputs, name)[:12]}")
     # No teacher is loaded after the switch, so there is none to compare.
     for name, now in (("teacher", inputs.teacher), ("labels", inputs.labels)):
         if now and stored.get(name, "") != now:
@@ -103,7 +111,7 @@ def check_same_run(checkpoint: Checkpoint, config: TrainConfig, inputs: Inputs) 
         )
 
 
-def restore(checkpoint: Checkpoint, model: models.Decoder, optimizer: torch.optim.Optimizer) -> RunState:
+def restore(checkpoint: Checkpoint, model: Stored, optimizer: torch.optim.Optimizer) -> RunState:
     """Put a checkpoint's weights, optimizer state and RNG in place; returns its counters."""
     _copy_weights(checkpoint, model)
     kept = checkpoint.tensors["state"]
@@ -114,7 +122,7 @@ def restore(checkpoint: Checkpoint, model: models.Decoder, optimizer: torch.opti
     return RunState(**checkpoint.data["state"])
 
 
-def _copy_weights(checkpoint: Checkpoint, model: models.Decoder) -> None:
+def _copy_weights(checkpoint: Checkpoint, model: Stored) -> None:
     """Copy into the existing parameters, so that their memory is the allocator's and not a mapped file."""
     own, stored = model.state_dict(), checkpoint.tensors["model"]
     if own.keys() != stored.keys():
@@ -139,6 +147,12 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> LoadedMo
     """
     folder = resolve_checkpoint(Path(path))
     checkpoint = load_checkpoint(folder, only=("model",))
+    adapter = checkpoint.data["config"].get("lora", {}).get("rank", 0)
+    if adapter:
+        raise CheckpointError(
+            f"checkpoint {folder} holds an adapter of rank {adapter} alone; the whole model is in "
+            f"{folder.parent.parent / 'merged'}"
+        )
     shape = checkpoint.data["config"]["model"]
     model = models.Decoder(overlay(models.DecoderConfig(), shape, source=f"checkpoint {folder}"))
     _copy_weights(checkpoint, model)

@@ -13,6 +13,7 @@ from effkern.train.cached_teacher import StepLabels
 from effkern.train.config import TrainConfig
 from effkern.train.device import autocast
 from effkern.train.exit_loss import exit_loss
+from effkern.train.optimizer import set_rate
 from effkern.train.timing import StepTimer
 
 IGNORE = -100
@@ -37,11 +38,6 @@ class StepResult:
 def to_device(batch: np.ndarray, device: torch.device) -> Tensor:
     """Token ids as an int64 tensor on `device`."""
     return torch.from_numpy(np.ascontiguousarray(batch, dtype=np.int64)).to(device)
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
 
 
 def train_step(
@@ -113,7 +109,7 @@ def train_step(
     # A NaN that sits in the loss alone would not show in the gradient, and the other way round.
     applied = bool(np.isfinite(loss) and np.isfinite(norm_value))
     if applied:
-        _set_rate(optimizer, rate)
+        set_rate(optimizer, rate)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepResult(loss, ce, divergence, hits, norm_value, denom, applied)

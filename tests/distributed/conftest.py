@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import count_worker, looped_worker, vocab_worker
+from tests.distributed import count_worker, looped_worker, lora_worker, shampoo_worker, vocab_worker
 from tests.distributed.spawn import spawn
 
 
 def _work(rank: int, world: int) -> dict[str, Any]:
     looped = looped_worker.work(rank) if world == 2 else {}
-    return {**count_worker.work(rank, world), **vocab_worker.work(rank, world), **looped}
+    found = {**count_worker.work(rank, world), **vocab_worker.work(rank, world), **looped}
+    return {**found, **lora_worker.work(rank, world), **shampoo_worker.work(rank, world)}
 
 
 @pytest.fixture(scope="session", params=(2, 4), ids=lambda world: f"{world}-ranks")

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from effkern.nn import LoopedBlock, Truncated
+
 DIM = 6
 
 
@@ -119,3 +121,23 @@ class AliveBytes(TorchDispatchMode):
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+LOOPS = 4
+# All but autograd's own.
+OURS = ["full", "recompute", "recompute_layer", Truncated(LOOPS), Truncated(LOOPS, recompute=False)]
+
+
+def stack(dtype=torch.float32, loops=LOOPS, dropout=0.0, **options) -> LoopedBlock:
+    layers = [Layer(dtype=dtype, dropout=dropout) for _ in range(2)]
+    return randomize(LoopedBlock(layers, loops, dim=DIM, dtype=dtype, **options))
+
+
+def results(block, x, mode, seed=None, dtype=None, **options):
+    """Output, and the gradient of every leaf."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    x = x.detach().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+        y = block(x, mode=mode, **options)
+    return [y.detach(), *torch.autograd.grad(y.float().square().sum(), [x, *block.parameters()])]

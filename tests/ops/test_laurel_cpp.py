@@ -12,9 +12,9 @@ from torch import Tensor
 
 from effkern import native
 from effkern.ops.distill import gemm_schema
-from effkern.ops.laurel import chunks, driver
+from effkern.ops.laurel import chunks, driver, numbers, scalars
 from effkern.ops.laurel import schema as schema
-from effkern.ops.laurel.passes import BackwardPass, ForwardPass, Passes
+from effkern.ops.laurel.passes import BackwardPass, ForwardPass
 from tests.numerics import assert_as_good_as_eager
 from tests.ops import laurel_cases as cases
 
@@ -40,7 +40,7 @@ def prepare(name: str, rows: int, dim: int, dtype: torch.dtype) -> Given:
     def keep_backward(p: BackwardPass) -> None:
         given.append(p)
 
-    passes = Passes(keep_forward, keep_backward)
+    passes = chunks.PASSES._replace(forward=keep_forward, backward=keep_backward)
     plain = {k: v.detach() if isinstance(v, Tensor) else v for k, v in kw.items()}
     map_, scale = plain.get("scalar_map", "softmax2"), plain.get("scale", 1.0)
     wide = {k: v.float() if isinstance(v, Tensor) else v for k, v in plain.items() if "weight" in k}
@@ -62,17 +62,14 @@ def prepare(name: str, rows: int, dim: int, dtype: torch.dtype) -> Given:
 
 
 def fresh(p: Any, outputs: tuple[str, ...], wide: bool = False) -> Any:
-    """The same inputs, in float64 if `wide`, and results of their own: NaN, or 0 where they are added to."""
-    added = ("sums", "grad_norm_weight", "grad_down_DS", "grad_up_RD", "grad_gram_RR")
+    """The same inputs, in float64 if `wide`, and results of their own, full of NaN."""
 
     def one(name: str, value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(one(name, v) for v in value)
         if not isinstance(value, Tensor):
             return value
-        if name in added:
-            value = torch.zeros_like(value)
-        elif name in outputs:
+        if name in outputs:
             value = torch.full_like(value, float("nan"))
         return value.double() if wide else value.clone(memory_format=torch.preserve_format)
 
@@ -251,15 +248,66 @@ def test_what_is_not_finite_stays_in_its_row(dtype):
         assert torch.equal(value.isfinite(), truth[key].isfinite()), key
 
 
-def test_results_are_added_to():
-    _, backward = prepare("everything", 300, 40, torch.float32)
-    once, twice = call(backward, "cpp"), fresh(backward, BACKWARD)
+def test_the_gradient_of_a_bfloat16_matrix_is_rounded_once():
+    _, backward = prepare("everything", 300, 40, torch.bfloat16)
+    wide = call(backward, "cpp").grad_down_DS
+    rounded = call(backward._replace(grad_down_DS=wide.bfloat16()), "cpp").grad_down_DS
+    assert wide.dtype == torch.float32
+    assert torch.equal(rounded, wide.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [7, 96, 1300])  # below a group of lanes, whole groups, several blocks and a rest
+def test_what_surrounds_the_passes(dtype, of, dim):
     from effkern.ops.laurel import cpp
 
-    for _ in range(2):
-        cpp.backward(twice)
+    up, inner, beta = torch.randn(5, dim).to(of), torch.randn(dim), torch.randn(dim)
+    grads = torch.randn(5, dim)
+    for factor in (beta, beta[:1]):
+        for weight in (None, inner):
+            got = cpp.scaled_up(up, weight, factor, dtype)
+            assert got.dtype == dtype
+            assert torch.equal(got, chunks.scaled_up(up, weight, factor, dtype))
+        for columns in (1, dim):
+            grad_up, of_scaled = cpp.up_grads(up, grads, factor, columns)
+            wide_sums = chunks.up_grads(up.double(), grads.double(), factor.double(), columns)[1]
+            assert torch.equal(grad_up, (grads * factor).to(of))
+            assert_as_good_as_eager(
+                of_scaled.float(), chunks.up_grads(up, grads, factor, columns)[1].float(), wide_sums, ulps=4.0
+            )
+
+
+def test_a_strided_up_matrix_and_no_rows():
+    from effkern.ops.laurel import cpp
+
+    up, beta = torch.randn(64, 6).t(), torch.tensor([0.5])
+    assert torch.equal(cpp.scaled_up(up, None, beta, torch.float32), up * 0.5)
+    grad_up, of_scaled = cpp.up_grads(up[:0], torch.randn(0, 64), beta, 1)
+    assert grad_up.shape == (0, 64)
+    assert of_scaled.item() == 0.0
+    _, backward = prepare("everything", 300, 40, torch.float32)
+    none = backward._replace(
+        **{name: value[:0] for name, value in backward._asdict().items()
+           if isinstance(value, Tensor) and value.shape[:1] == (300,)},
+        addends=tuple(e[:0] for e in backward.addends), grad_addends=tuple(e[:0] for e in backward.grad_addends),
+    )  # fmt: skip
     for name in ("sums", "grad_norm_weight", "grad_down_DS", "grad_up_RD", "grad_gram_RR"):
-        torch.testing.assert_close(getattr(twice, name), 2 * getattr(once, name), msg=name)
+        assert getattr(call(none, "cpp"), name).count_nonzero() == 0, name
+
+
+@pytest.mark.parametrize("scalar_map", sorted(scalars.SCALAR_MAPS))
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1000.0])  # 1000: beyond the range of exp
+def test_maps_of_plain_numbers(scalar_map, scale):
+    raw = (scale * torch.randn(scalars.SCALAR_MAPS[scalar_map], dtype=torch.float64)).requires_grad_()
+    alpha, beta = scalars.coefficients(raw, scalar_map)
+    got = torch.tensor(numbers.coefficients(raw.tolist(), scalar_map), dtype=torch.float64)
+    torch.testing.assert_close(got, torch.cat([alpha, beta]).detach(), rtol=1e-14, atol=1e-300)
+    of_alpha, of_beta = torch.randn(2, dtype=torch.float64)
+    want = scalars.gradient(raw.detach(), scalar_map, of_alpha[None], of_beta[None])
+    got = torch.tensor(numbers.gradient(raw.tolist(), scalar_map, of_alpha.item(), of_beta.item()), dtype=torch.float64)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-300)
+    assert all(n != n for n in numbers.coefficients([float("nan")] * len(raw), scalar_map))
 
 
 def test_errors():

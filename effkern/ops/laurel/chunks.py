@@ -51,6 +51,9 @@ def forward(p: ForwardPass) -> None:
 
 
 def backward(p: BackwardPass) -> None:
+    for total in (p.sums, p.grad_norm_weight, p.grad_down_DS, p.grad_up_RD, p.grad_gram_RR):
+        if total is not None:
+            total.zero_()
     x, dim, acc = p.x_ND, p.x_ND.shape[1], p.alpha.dtype
     for rows in _chunks(x):
         g = x.new_empty(x[rows].shape, dtype=acc)
@@ -101,4 +104,18 @@ def own_grad(grad_raw: Tensor | None, grad_own: Tensor | None, width: int) -> Te
     return total
 
 
-PASSES = Passes(forward, backward)
+def scaled_up(up: Tensor, low_rank_weight: Tensor | None, beta: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if low_rank_weight is None and beta is None:
+        return up.to(dtype)
+    scaled = up.to(torch.promote_types(dtype, torch.float32))
+    for factor in (low_rank_weight, beta):
+        scaled = scaled if factor is None else scaled * factor
+    return scaled.to(dtype)
+
+
+def up_grads(up: Tensor, grad_scaled: Tensor, beta: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    products = (up.to(grad_scaled.dtype) * grad_scaled).sum(0).double()
+    return grad_scaled * beta, products if columns > 1 else products.sum(0, keepdim=True)
+
+
+PASSES = Passes(forward, backward, scaled_up, up_grads, rounds_grad_down=False)

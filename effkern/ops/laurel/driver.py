@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from effkern.ops.distill import huge_pages
-from effkern.ops.laurel import scalars
+from effkern.ops.laurel import numbers, scalars
 from effkern.ops.laurel.passes import BackwardPass, ForwardPass, Passes
 
 
@@ -73,21 +73,15 @@ class _Wide(NamedTuple):
         assert self.up_RD is not None
         return self.up_RD.to(self.alpha.dtype)
 
-    def scaled_up(self, beta: bool, dtype: torch.dtype) -> Tensor | None:
-        """(beta) B diag(low_rank_weight)."""
-        if self.up_RD is None:
-            return None
-        if self.low_rank_weight is None and not beta:
-            return self.up_RD.to(dtype)
-        scaled = self.wide_up() if self.low_rank_weight is None else self.wide_up() * self.low_rank_weight
-        return (scaled * self.beta if beta else scaled).to(dtype)
-
 
 def _widen(p: Problem) -> _Wide:
     dtype = p.x_ND.dtype
     acc = torch.promote_types(dtype, torch.float32)
     if p.weights is None:
         alpha = beta = torch.full((1,), p.scale, dtype=acc, device=p.x_ND.device)
+    elif _few_numbers(p.weights):
+        pair = numbers.coefficients(p.weights.tolist(), p.scalar_map)
+        alpha, beta = (torch.tensor([c * p.scale], dtype=acc) for c in pair)
     else:
         alpha, beta = scalars.coefficients(p.weights.to(acc), p.scalar_map)
         if p.scale != 1.0:
@@ -105,6 +99,15 @@ def _widen(p: Problem) -> _Wide:
     )  # fmt: skip
 
 
+def _few_numbers(t: Tensor) -> bool:
+    """One number per scalar, to be read without waiting."""
+    return t.dim() == 1 and t.device.type == "cpu"
+
+
+def _scaled_up(w: _Wide, beta: Tensor | None, dtype: torch.dtype, passes: Passes) -> Tensor | None:
+    return None if w.up_RD is None else passes.scaled_up(w.up_RD, w.low_rank_weight, beta, dtype)
+
+
 def forward(p: Problem, passes: Passes) -> Result:
     assert p.branch_ND is not None
     x, w = p.x_ND, _widen(p)
@@ -116,8 +119,8 @@ def forward(p: Problem, passes: Passes) -> Result:
         normed, rstd = huge_pages.empty(x.shape, x.dtype, x.device), x.new_empty(x.shape[0], dtype=w.alpha.dtype)
     passes.forward(
         ForwardPass(
-            p.branch_ND, x, w.down_DS, w.scaled_up(False, x.dtype), p.past_NP, w.gram_RR, p.low_rank_eps, p.addends,
-            w.alpha, w.beta, w.coefficients, w.norm_weight, p.norm_eps, y, own, normed, rstd,
+            p.branch_ND, x, w.down_DS, _scaled_up(w, None, x.dtype, passes), p.past_NP, w.gram_RR, p.low_rank_eps,
+            p.addends, w.alpha, w.beta, w.coefficients, w.norm_weight, p.norm_eps, y, own, normed, rstd,
         )
     )  # fmt: skip
     return Result(y, normed, own, rstd)
@@ -130,29 +133,35 @@ def backward(
     x, w = p.x_ND, _widen(p)
     acc = w.alpha.dtype
 
-    def zeros_like(t: Tensor | None) -> Tensor | None:
-        return None if t is None else torch.zeros(t.shape, dtype=acc, device=x.device)
+    def empty_like(t: Tensor | None, dtype: torch.dtype = acc) -> Tensor | None:
+        return None if t is None else torch.empty(t.shape, dtype=dtype, device=x.device)
 
     # Not in huge pages, in which both passes were slower in float32: a virtual machine took long to hand them out.
     grad_branch, grad_x = torch.empty_like(x), torch.empty_like(x)
     grad_addends = tuple(torch.empty_like(e) for e in p.addends)
-    grad_norm_weight, grad_down = zeros_like(w.norm_weight), zeros_like(w.down_DS)
-    grad_scaled, grad_gram = zeros_like(w.up_RD), zeros_like(w.gram_RR)
+    grad_norm_weight, grad_scaled, grad_gram = empty_like(w.norm_weight), empty_like(w.up_RD), empty_like(w.gram_RR)
+    grad_down = empty_like(w.down_DS, x.dtype if passes.rounds_grad_down else acc)
     grad_past = None if p.past_NP is None else torch.empty_like(p.past_NP)
     sums = None
     if p.weights is not None or p.coefficients is not None:
         per_channel = any(c is not None and c.dim() == 2 for c in (p.weights, p.coefficients))
         columns = x.shape[1] if per_channel else 1
-        sums = torch.zeros((2 + len(p.addends), columns), dtype=torch.float64, device=x.device)
+        sums = torch.empty((2 + len(p.addends), columns), dtype=torch.float64, device=x.device)
+    beta = w.beta if p.weights is not None or p.scale != 1.0 else None
     passes.backward(
         BackwardPass(
             grad_y, grad_normed, grad_own, x, r.y_ND, p.branch_ND, r.own_NS, r.rstd_N, w.down_DS,
-            w.scaled_up(p.weights is not None or p.scale != 1.0, x.dtype), p.past_NP, w.gram_RR, p.low_rank_eps,
-            p.addends, w.alpha, w.beta, w.coefficients, w.norm_weight, grad_branch, grad_x, grad_addends, sums,
+            _scaled_up(w, beta, x.dtype, passes), p.past_NP, w.gram_RR, p.low_rank_eps, p.addends, w.alpha, w.beta,
+            w.coefficients, w.norm_weight, grad_branch, grad_x, grad_addends, sums,
             grad_norm_weight, grad_down, grad_scaled, grad_gram, grad_past,
         )
     )  # fmt: skip
-    grad_up, grad_inner, of_scaled = _up_grads(w, grad_scaled, grad_gram)
+    grad_inner = None
+    if grad_scaled is None or w.low_rank_weight is not None:
+        grad_up, grad_inner, of_scaled = _up_grads(w, grad_scaled, grad_gram)
+    else:
+        assert p.up_RD is not None
+        grad_up, of_scaled = passes.up_grads(p.up_RD, grad_scaled, w.beta, 1 if sums is None else sums.shape[1])
     grad_weights, grad_coefficients = _scalar_grads(p, w, sums, of_scaled)
     return Grads(
         grad_branch, grad_x, grad_weights, grad_down, grad_up, grad_past, grad_inner, grad_addends, grad_coefficients,
@@ -189,6 +198,8 @@ def _scalar_grads(
     """
     if sums is None:
         return None, None
+    if sums.shape[1] == 1 and sums.device.type == "cpu":
+        return _few_scalar_grads(p, w, sums, of_scaled)
     alpha, beta = w.alpha.double(), w.beta.double()
     of_kept, of_x, of_addends = sums[0], sums[1], sums[2:]
     if of_scaled is not None:
@@ -211,4 +222,30 @@ def _scalar_grads(
         if p.scale != 1.0:
             of_branch, of_x = of_branch * p.scale, of_x * p.scale
         grad_weights = scalars.gradient(p.weights.to(w.alpha.dtype), p.scalar_map, of_branch, of_x)
+    return grad_weights, grad_coefficients
+
+
+def _few_scalar_grads(
+    p: Problem, w: _Wide, sums: Tensor, of_scaled: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The same on plain numbers."""
+    of_kept, of_x, *of_addends = sums[:, 0].tolist()
+    alpha, beta = w.alpha.item(), w.beta.item()
+    if of_scaled is not None:
+        of_x += of_scaled.sum(dtype=torch.float64).item()
+    grad_coefficients = grad_weights = None
+    if p.coefficients is not None:
+        grad_coefficients = torch.tensor([p.scale * one for one in of_addends], dtype=w.alpha.dtype)
+        grad_coefficients = grad_coefficients.view(p.coefficients.shape)
+    if p.weights is not None:
+        of_branch = of_kept
+        if p.branch_ND is None:
+            of_branch -= beta * of_x
+            if p.addends:
+                assert w.coefficients is not None
+                of_branch -= sum(c * one for c, one in zip(w.coefficients[:, 0].tolist(), of_addends))
+            of_branch = 0.0 if alpha == 0.0 else of_branch / alpha
+        raw = p.weights.reshape(-1).tolist()
+        pair = numbers.gradient(raw, p.scalar_map, p.scale * of_branch, p.scale * of_x)
+        grad_weights = torch.tensor(pair, dtype=w.alpha.dtype).view(p.weights.shape)
     return grad_weights, grad_coefficients

@@ -8,6 +8,7 @@ Small operands are float32 (float64) where they are scalars or vectors, and of t
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -61,17 +62,23 @@ class BackwardPass(NamedTuple):
     grad_x_ND: Tensor
     grad_addends: tuple[Tensor, ...]
     sums: Tensor | None
-    """Added to, like all below. See BackwardRows in rows.py."""
+    """Written, like all below. See BackwardRows in rows.py."""
     grad_norm_weight: Tensor | None
     grad_down_DS: Tensor | None
-    """float32 (float64), like all below but grad_past."""
+    """Of A's own type where the implementation says so, otherwise float32 (float64), like all below but grad_past."""
     grad_up_RD: Tensor | None
     """v^T g, without beta."""
     grad_gram_RR: Tensor | None
     grad_past_NP: Tensor | None
-    """Written, in its own type."""
+    """In its own type."""
 
 
 class Passes(NamedTuple):
     forward: Callable[[ForwardPass], None]
     backward: Callable[[BackwardPass], None]
+    scaled_up: Callable[[Tensor, Tensor | None, Tensor | None, torch.dtype], Tensor]
+    """B [R, D], the inner norm's weight [D], beta [1] or [D] (both optional), type -> B times both, in that type."""
+    up_grads: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    """B, grad_up of the pass above, beta, 1 or D -> beta grad_up; and the sums of B grad_up, over all or over rows."""
+    rounds_grad_down: bool
+    """Whether grad_down is written in the type of A."""

@@ -38,6 +38,12 @@ _library.define(
     "Tensor(e!)? grad_norm_weight, Tensor(f!)? grad_down, Tensor(g!)? grad_up, Tensor(h!)? grad_gram, "
     "Tensor(i!)? grad_past) -> ()"
 )
+# Passes.scaled_up and up_grads: scaled = up (low_rank_weight) (beta).
+_library.define("laurel_scale_up_(Tensor(a!) scaled, Tensor up, Tensor? low_rank_weight, Tensor? beta) -> ()")
+# of_scaled [1] or [D] = sum of up grad_scaled over all, or over the rows; grad_up = beta grad_scaled.
+_library.define(
+    "laurel_up_grads_(Tensor up, Tensor grad_scaled, Tensor beta, Tensor(a!) grad_up, Tensor(b!)? of_scaled) -> ()"
+)
 
 
 def _passes(impl: str) -> Passes:
@@ -88,8 +94,13 @@ def _backward(*arguments) -> tuple:
             grads = triton.backward(p, result, grad_y, grad_normed, grad_own)
         else:
             grads = driver.backward(p, result, grad_y, grad_normed, grad_own, _passes(impl))
-    branch, x, *small, addends, coefficients, norm_weight = grads
-    return (branch, x, *_given(x, *small, coefficients, norm_weight), list(addends))
+    branch, x, weights, down, up, *small, addends, coefficients, norm_weight = grads
+    down, up = _as(down, p.down_DS), _as(up, p.up_RD)
+    return (branch, x, *_given(x, weights, down, up, *small, coefficients, norm_weight), list(addends))
+
+
+def _as(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    return None if grad is None or parameter is None else grad.to(parameter.dtype)
 
 
 _library.impl("laurel_fwd", _forward, "CompositeExplicitAutograd")
@@ -118,12 +129,12 @@ def _fake_bwd(*arguments):
     p = driver.Problem(*arguments[:14])
     x, acc = p.x_ND, _acc(p.x_ND)
 
-    def like(t: Tensor | None, dtype: torch.dtype = acc) -> Tensor:
-        return x.new_empty(0) if t is None else x.new_empty(t.shape, dtype=dtype)
+    def like(t: Tensor | None, dtype: torch.dtype | None = acc) -> Tensor:
+        return x.new_empty(0) if t is None else x.new_empty(t.shape, dtype=dtype or t.dtype)
 
     past = x.new_empty(0) if p.past_NP is None else torch.empty_like(p.past_NP)
     return (
-        torch.empty_like(x), torch.empty_like(x), like(p.weights), like(p.down_DS), like(p.up_RD), past,
+        torch.empty_like(x), torch.empty_like(x), like(p.weights), like(p.down_DS, None), like(p.up_RD, None), past,
         like(p.low_rank_weight_D), like(p.coefficients), like(p.norm_weight_D),
         [torch.empty_like(e) for e in p.addends],
     )  # fmt: skip
@@ -136,6 +147,16 @@ def _fake_forward_chunks(*args) -> None:
 
 @torch.library.register_fake("effkern::laurel_backward_chunks_", lib=_library)
 def _fake_backward_chunks(*args) -> None:
+    return None
+
+
+@torch.library.register_fake("effkern::laurel_scale_up_", lib=_library)
+def _fake_scale_up(*args) -> None:
+    return None
+
+
+@torch.library.register_fake("effkern::laurel_up_grads_", lib=_library)
+def _fake_up_grads(*args) -> None:
     return None
 
 

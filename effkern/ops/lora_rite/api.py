@@ -9,7 +9,7 @@ from torch import Tensor
 from effkern.ops.lora_rite import stages
 from effkern.ops.lora_rite.group import OP, RiteGroup, check_grads
 from effkern.ops.lora_rite.reference import RiteOptions
-from effkern.ops.lora_rite.stages import Products
+from effkern.ops.lora_rite.stages import Products, Reduce
 from effkern.ops.lora_rite.subset import put_back, subset
 from effkern.ops.lora_rite.terms import terms_of
 
@@ -25,6 +25,7 @@ def lora_rite_step_(
     *,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    reduce: Reduce | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """One LoRA-RITE step of all pairs of all groups, in place; `reference.rite_step` states the formula.
@@ -41,6 +42,8 @@ def lora_rite_step_(
         options: of each group; all share clip_grad and skip_rms.
         grad_scale: 0-d, what gradients are to be multiplied with (1 / the loss scale).
         found_inf: 0-d or [1]; not 0: nothing is written.
+        reduce: called with (group, x) for every sum over rows, x [F, ...] float64 with the factors of that group: returns
+            the sum over all processes that hold rows of them. A group's `rows` must then be those of all processes.
         impl: "auto", "cpp" (CPU, float32), "triton" (CUDA, float32, r <= 16; r x r work by effkern._C_cuda where it is
             built), "plain" (any device, float32 and float64).
 
@@ -79,18 +82,20 @@ def lora_rite_step_(
     grams, traces = [], []
     for part, given, _, terms in parts:
         group = part.group
-        h, trace = stages.unmagnified(group, given, terms.skip_rms, scale, impl)
+        h, trace = stages.unmagnified(group, given, terms.skip_rms, scale, reduce, impl)
         grams.append(h)
         traces.append(trace)
-    all_traces = torch.cat(traces) if len(traces) > 1 else traces[0]
+    # Pairs of one model may live on several devices; the clip looks at all of them.
+    all_traces = torch.cat([x.to(traces[0].device) for x in traces]) if len(traces) > 1 else traces[0]
     if found_inf is not None:
         found = _number("found_inf", found_inf).double().reshape(())
         all_traces = torch.where(found != 0, float("nan"), all_traces)
     gate = all_traces
     for (part, given, rates, terms), h in zip(parts, grams):
         group = part.group
-        update = stages.precondition_(group, h, all_traces, rates, scale, terms, impl)
-        stages.advance_(group, given, update, terms.tolerance, impl)
+        seen = all_traces.to(group.whiten.device)
+        update = stages.precondition_(group, h, seen, rates, scale, terms, impl)
+        stages.advance_(group, given, update, terms.tolerance, reduce, impl)
         put_back(part)
         gate = update.gate
     return gate
@@ -98,16 +103,22 @@ def lora_rite_step_(
 
 @torch.no_grad()
 def lora_rite_rebuild_(
-    group: RiteGroup, options: RiteOptions, *, keep_moments: bool = True, impl: str = "auto"
+    group: RiteGroup,
+    options: RiteOptions,
+    *,
+    keep_moments: bool = True,
+    reduce: Reduce | None = None,
+    impl: str = "auto",
 ) -> None:
     """Bases of the factors as they are, by one float64 Gram matrix of each: first step, or a change from outside.
 
     keep_moments: moments stay in the basis nearest to the old one, which is right for factors that were changed by
-        little or by a scalar; False lets them transport to 0.
+        little or by a scalar; False lets them transport to 0. reduce: as in lora_rite_step_.
     """
     terms = terms_of(options)
     before, pending = group.whiten.clone(), group.transport.clone()
     exact_grams = stages.gram(group.factors, group.wide, impl=impl)
+    exact_grams = exact_grams if reduce is None else reduce(group, exact_grams)
     sizes = exact_grams.diagonal(dim1=-2, dim2=-1).sum(-1)
     group.exact.fill_(1)
     stages.rebase_(group, Products(exact_grams, torch.zeros_like(exact_grams), sizes), None, terms.tolerance, impl)

@@ -8,7 +8,7 @@
 A process that holds some of the rows adds up what gram and update_ return over all processes, and goes on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from effkern.ops.lora_rite import schema as schema
 from effkern.ops.lora_rite.group import OP, RiteGroup
 from effkern.ops.lora_rite.terms import Terms
 
-
+Reduce = Callable[[RiteGroup, Tensor], Tensor]
 TRITON_RANK = 16
 """Largest rank of the Triton kernels; above it "auto" means plain products on CUDA."""
 
@@ -140,30 +140,45 @@ def rebase_(group: RiteGroup, products: Products, gate: Tensor | None, tolerance
 
 
 def unmagnified(
-    group: RiteGroup, grads: Sequence[Tensor], skip_rms: float, grad_scale: Tensor | None = None, impl: str = "auto"
+    group: RiteGroup,
+    grads: Sequence[Tensor],
+    skip_rms: float,
+    grad_scale: Tensor | None = None,
+    reduce: Reduce | None = None,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Gram matrices of the gradients unmagnified by the other factors' bases, and `traces` of them."""
-    if choose(impl, group.factors[0], group.rank) == "triton" and grad_scale is None:
+    if choose(impl, group.factors[0], group.rank) == "triton" and grad_scale is None and reduce is None:
         from effkern.ops.lora_rite import triton
 
         found = triton.unmagnified(grads, group.wide, group.whiten, group.rows, skip_rms)
         if found is not None:
             return found
     h = gram(grads, group.wide, plain.other(group.whiten), impl=impl)
+    h = h if reduce is None else reduce(group, h)
     h = h if grad_scale is None else h * grad_scale.square()
     return h, traces(group, h, skip_rms)
 
 
-def advance_(group: RiteGroup, grads: Sequence[Tensor], update: Update, tolerance: float, impl: str = "auto") -> None:
-    """update_ and rebase_ of a group whose rows are all here."""
+def advance_(
+    group: RiteGroup,
+    grads: Sequence[Tensor],
+    update: Update,
+    tolerance: float,
+    reduce: Reduce | None = None,
+    impl: str = "auto",
+) -> None:
+    """update_ and rebase_ of a group, with the sums over rows in between."""
     lists = (group.factors, group.moments, grads, group.wide)
-    if choose(impl, group.factors[0], group.rank) == "triton":
+    if choose(impl, group.factors[0], group.rank) == "triton" and reduce is None:
         from effkern.ops.lora_rite import triton
 
         single = group.factors[0].dtype == torch.float32
         if triton.advance_(*lists, update, group.whiten, group.transport, group.exact, single, tolerance):
             return
     products = update_(*lists, update, group.whiten, group.exact, impl=impl)
+    if reduce is not None:
+        products = Products(*(reduce(group, x) for x in products))
     rebase_(group, products, update.gate, tolerance, impl)
 
 

@@ -1,8 +1,9 @@
 """The tall passes of LoRA-RITE in Triton: one launch each for all factors of a group, whatever their rows and layout.
 
-A program takes a range of rows of one factor and writes the sums of its products, float64, to a slot of its own: the
-sums do not depend on the order in which programs run. Products of a program's rows are float32 (three TF32 products); where a factor has no full rank everything is float64. Tensors come by a table of addresses, which
-goes to the device when an address has changed; in a CUDA graph it may not. No GPU has timed it yet.
+A program takes a range of rows of one factor and writes the sums of its products to a slot of its own: the sums do not
+depend on the order in which programs run. A program's products are float32; where a factor has no full rank everything
+is float64. Tensors come by a table of addresses, which goes to the device when an address has changed; in a CUDA graph
+it may not. No GPU has timed it yet.
 
 Bytes: the first pass reads G, the second reads X, M and G and writes X and M: six words per element.
 """
@@ -210,24 +211,24 @@ def lora_rite_update_kernel(
     if tl.load(exact_ptr + factor) != 0:
         if wide:
             _update_rows(
-                x_ptr, m_ptr, g_ptr, carry_ptr, take_ptr, apply_ptr, shrink, whiten_ptr, slot, begin, end, num_rows, rank,
-                at, True, True, PRECISION, ROWS, RANK,
+                x_ptr, m_ptr, g_ptr, carry_ptr, take_ptr, apply_ptr, shrink, whiten_ptr, slot, begin, end, num_rows,
+                rank, at, True, True, PRECISION, ROWS, RANK,
             )  # fmt: skip
         else:
             _update_rows(
-                x_ptr, m_ptr, g_ptr, carry_ptr, take_ptr, apply_ptr, shrink, whiten_ptr, slot, begin, end, num_rows, rank,
-                at, False, True, PRECISION, ROWS, RANK,
+                x_ptr, m_ptr, g_ptr, carry_ptr, take_ptr, apply_ptr, shrink, whiten_ptr, slot, begin, end, num_rows,
+                rank, at, False, True, PRECISION, ROWS, RANK,
             )  # fmt: skip
     else:
         if wide:
             _update_rows(
-                x_ptr, m_ptr, g_ptr, carry_ptr, take_ptr, apply_ptr, shrink, whiten_ptr, slot, begin, end, num_rows, rank,
-                at, True, False, PRECISION, ROWS, RANK,
+                x_ptr, m_ptr, g_ptr, carry_ptr, take_ptr, apply_ptr, shrink, whiten_ptr, slot, begin, end, num_rows,
+                rank, at, True, False, PRECISION, ROWS, RANK,
             )  # fmt: skip
         else:
             _update_rows(
-                x_ptr, m_ptr, g_ptr, carry_ptr, take_ptr, apply_ptr, shrink, whiten_ptr, slot, begin, end, num_rows, rank,
-                at, False, False, PRECISION, ROWS, RANK,
+                x_ptr, m_ptr, g_ptr, carry_ptr, take_ptr, apply_ptr, shrink, whiten_ptr, slot, begin, end, num_rows,
+                rank, at, False, False, PRECISION, ROWS, RANK,
             )  # fmt: skip
 
 

@@ -1,0 +1,108 @@
+"""`effkern finetune`: LoRA on a trained checkpoint, merged and exported at the end."""
+
+from pathlib import Path
+from typing import Literal
+
+
+def finetune(
+    checkpoint: Path,
+    data: Path,
+    out: Path = Path("runs/finetune"),
+    optimizer: Literal["lora_rite", "adamw", "lora_muon", "scaled_adam"] = "lora_rite",
+    lr: float = 0.0,
+    steps: int = 200,
+    rank: int = 8,
+    alpha: float = 16.0,
+    targets: str = "qkv,out,gate_up,down",
+    dropout: float = 0.0,
+    lr_ratio: float = 1.0,
+    train_a: bool = True,
+    batch_size: int = 0,
+    micro_batch_size: int = 0,
+    seq_len: int = 0,
+    weight_decay: float = 0.0,
+    eval_every: int = 50,
+    checkpoint_every: int = 100,
+    seed: int = 0,
+    device: str = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    threads: int = 0,
+    restart: bool = False,
+) -> int:
+    """Train LoRA adapters on a trained model; a folder that holds checkpoints is resumed.
+
+    out/merged is then a run directory with the adapters in the weights, for eval, generate and finetune; out/adapter
+    holds the factors in PEFT's file format.
+
+    Args:
+        checkpoint: run directory or step directory of the trained model.
+        data: packed dataset with the model's tokenizer (data build --tokenizer RUN/tokenizer.json).
+        out: run directory.
+        optimizer: lora_rite, adamw, lora_muon or scaled_adam.
+        lr: learning rate; 0 takes the optimizer's default.
+        steps: optimizer steps.
+        rank: of the adapters.
+        alpha: the product is scaled by alpha / rank.
+        targets: layers with adapters, by the end of their names, with commas between.
+        dropout: of the adapters' inputs.
+        lr_ratio: learning rate of B over that of A (LoRA+).
+        train_a: no-train-a keeps A as it starts (LoRA-FA).
+        batch_size: sequences of a step; 0 takes that of the model's training.
+        micro_batch_size: sequences of one forward pass; 0 is batch_size.
+        seq_len: 0 takes the length of the model's training.
+        weight_decay: of the factors.
+        eval_every: steps between validations.
+        checkpoint_every: steps between checkpoints.
+        seed: of A and of the data order.
+        device: auto, cpu or cuda.
+        precision: auto, fp32 or bf16 (autocast).
+        threads: CPU threads; 0 leaves torch's default.
+        restart: throw away what out holds instead of resuming it.
+    """
+    from dataclasses import replace
+
+    from effkern.train.finetune import finetune as run
+    from effkern.train.finetune import finetune_config
+
+    config = finetune_config(
+        checkpoint,
+        data,
+        out,
+        optimizer=optimizer,
+        rank=rank,
+        alpha=alpha,
+        steps=steps,
+        lr=lr,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        seed=seed,
+        targets=targets,
+        dropout=dropout,
+        lr_ratio=lr_ratio,
+        train_A=train_a,
+    )
+    config = replace(
+        config,
+        data=replace(config.data, micro_batch_size=micro_batch_size),
+        optimizer=replace(config.optimizer, weight_decay=weight_decay),
+        run=replace(
+            config.run,
+            device=device,
+            precision=precision,
+            threads=threads,
+            restart=restart,
+            eval_every=eval_every,
+            checkpoint_every=checkpoint_every,
+        ),
+    )
+    result = run(config)
+    if result.signum is not None:
+        print(f"stopped by signal {result.signum} after step {result.state.step}; saved. The same command goes on.")
+        return 128 + result.signum
+    first, last = result.evals[0], result.evals[-1]
+    print(
+        f"{out}: {optimizer}, rank {rank}, {result.state.tokens:,} tokens, {result.state.wall_s:.0f} s; validation "
+        f"loss {first['loss']:.4f} -> {last['loss']:.4f}, accuracy {100 * last['accuracy']:.2f}%; "
+        f"merged model in {out / 'merged'}"
+    )
+    return 0

@@ -1,0 +1,285 @@
+"""Shampoo as a torch.optim.Optimizer."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from effkern.optim.shampoo import step as steps
+from effkern.optim.shampoo.adamw import adamw_, is_fused
+from effkern.optim.shampoo.blocks import is_matrix
+from effkern.optim.shampoo.failures import Watch
+from effkern.optim.shampoo.options import Frequency, check_group, check_parameter
+from effkern.optim.shampoo.state import Plan, build, expected_shapes, make_entry
+
+# Options that decide which factors there are: they are fixed once a group has stepped.
+_FIXED = ("side", "exponents", "accumulation", "block_size", "rule")
+
+
+class Shampoo(torch.optim.Optimizer):
+    """Shampoo with free sides and exponents; what is no matrix is stepped by AdamW.
+
+    For every block G [m, n] of the gradient, with M and the factors zero at the start:
+
+        L <- beta2 L + (1 - beta2) G G^T        R <- beta2 R + (1 - beta2) G^T G        on the sides in use
+        M <- beta1 M + (1 - beta1) G
+        U = c (L + ridge lambda_max(L) I)^-a M (R + ridge lambda_max(R) I)^-b
+        W <- (1 - lr weight_decay) W - lr g U
+
+    c is the bias correction of M, L and R, g the grafting factor (grafting.py). Negative eigenvalues are clamped at 0
+    before the ridge is added. A block without a root yet moves along M.
+
+    A convolution [o, i, ..] is a matrix o x (i ..). Matrices are cut into blocks of at most block_size along the sides
+    in use, each with factors and grafting of its own; a side not in use is not cut. Blocks of one shape of all
+    parameters of a group share their calls.
+
+    Args:
+        params: parameters, named parameters, or groups with options of their own; float32/bfloat16/float16/float64.
+        lr: >= 0, a number or a tensor of one number.
+        betas: of M (0: no momentum is kept) and of L and R.
+        side: "auto" (the smaller one, left where they are equal), "left", "right" or "both".
+        exponents: (a, b), or one number for the sides in use. None: 1/2 on one side, 1/4 on both, 1/2 on both with
+            "kl". Other sums than that are allowed, with a warning.
+        accumulation: "ema" as above; "sum" L + G G^T; "weighted" beta2 L + G G^T; "kl" (both sides) G R^-1 G^T / n and
+            G^T L^-1 G / m in place of G G^T and G^T G, with the roots of the step before (KL-Shampoo; exact for
+            exponents 1/2).
+        bias_correction: of M, and of L and R under "ema" and "kl".
+        weight_decay: decoupled, >= 0.
+        grafting: "none", "rms" (the root mean square of g U is graft_scale), "sgd", "adagrad", "rmsprop", "adam".
+        ridge: >= 0, relative to the largest eigenvalue of the factor.
+        pseudo_inverse: eigenvalues up to this part of the largest are left out instead; None: none is.
+        block_size: >= 1.
+        precondition_frequency: steps between two roots, or a schedule ((1, f1), (step2, f2), ..): f2 from step2 on.
+            Roots are taken at start_step and at multiples of the frequency.
+        start_step: before it the grafted method alone steps, while the factors gather.
+        rule: "auto" gives Shampoo what has two rows and two columns at least and AdamW the rest; "shampoo" refuses the
+            rest; "adamw" gives everything to AdamW.
+        root_method: of effkern.ops.shampoo.inverse_root.
+        adamw_betas: of what AdamW steps; the second also of grafting's second moment.
+        eps: of AdamW and of grafting.
+        max_failures, check_every: below.
+        root_group: a group of processes that hold the same factors (torch.distributed.group.WORLD under DDP): each
+            takes its share of the roots and they are gathered. None: every process takes all.
+        impl: of the ops, "auto", "cpp", "triton" or "reference".
+
+    Failures: a block whose gradient is not finite keeps factor, root, momentum and weight; a root that fails leaves the
+    one before. Either warns once with the parameter's name and raises RuntimeError after max_failures in a row. On the
+    CPU counters are read after each step; on a device every check_every steps, without waiting for it. Parameters that
+    AdamW steps have no such guard.
+
+    State: momentum (second moment) in float32 and 2 p^2 float32 per block and side; float64 for float64 parameters.
+    Memory beside it: at most one batch of blocks of one shape with grafting "none" and "rms", some with the others,
+    before start_step, and for shards (docs/shampoo.md). DTensors may be cut along one mesh dimension by Shard.
+    Deterministic.
+
+    Raises:
+        ValueError: an option breaks a rule, or a weight is no matrix in memory.
+        TypeError: a parameter is complex, integer or sparse.
+
+    Source: Gupta, Koren, Singer 2018 (arXiv 1802.09568); Xie et al. (arXiv 2503.10537); AdamW-style: arXiv 2601.07326;
+    grafting: Anil et al. (arXiv 2002.09018); KL-Shampoo: arXiv 2509.03378. SOAP is not covered.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.8),
+        *,
+        side: Literal["auto", "left", "right", "both"] = "auto",
+        exponents: float | tuple[float, float] | None = None,
+        accumulation: Literal["ema", "sum", "weighted", "kl"] = "ema",
+        bias_correction: bool = True,
+        weight_decay: float = 0.0,
+        grafting: Literal["none", "rms", "sgd", "adagrad", "rmsprop", "adam"] = "rms",
+        graft_scale: float = 0.2,
+        ridge: float = 1e-6,
+        pseudo_inverse: float | None = None,
+        block_size: int = 1024,
+        precondition_frequency: Frequency = 1,
+        start_step: int = 1,
+        rule: Literal["auto", "shampoo", "adamw"] = "auto",
+        root_method: Literal["auto", "rational", "eigh", "polar_express", "gram_ns", "coupled_newton"] = "auto",
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        max_failures: int = 3,
+        check_every: int = 10,
+        root_group: Any = None,
+        impl: str = "auto",
+    ) -> None:
+        defaults = {
+            "lr": lr, "betas": betas, "side": side, "exponents": exponents, "accumulation": accumulation,
+            "bias_correction": bias_correction, "weight_decay": weight_decay, "grafting": grafting,
+            "graft_scale": graft_scale, "ridge": ridge, "pseudo_inverse": pseudo_inverse, "block_size": block_size,
+            "precondition_frequency": precondition_frequency, "start_step": start_step, "rule": rule,
+            "root_method": root_method, "adamw_betas": adamw_betas, "eps": eps, "max_failures": max_failures,
+            "check_every": check_every,
+        }  # fmt: skip
+        self._reset()
+        self.root_group, self._impl = root_group, impl
+        super().__init__(params, defaults)
+
+    def _reset(self) -> None:
+        """What is made again from the state where it is missing."""
+        self._plans: dict[int, tuple[tuple[Any, ...], Plan]] = {}
+        self._watches: dict[int, Watch] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_impl": self._impl}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A group of processes cannot be copied: a copy takes all its roots itself, with the same result.
+        self.root_group, self._impl = getattr(self, "root_group", None), getattr(self, "_impl", "auto")
+        self._reset()
+        super().__setstate__(state)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Like torch's; the group may have any option of the constructor but root_group and impl.
+
+        Raises:
+            ValueError, TypeError: an option or a parameter breaks a rule; the optimizer is as it was.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_group(group)
+            for i, parameter in enumerate(group["params"]):
+                name = self._name(len(self.param_groups) - 1, i)
+                check_parameter(parameter, name)
+                if group["rule"] == "shampoo" and not is_matrix(tuple(parameter.shape)):
+                    raise ValueError(
+                        f"Shampoo: {name} must have two rows and two columns at least under rule='shampoo', got shape "
+                        f"{tuple(parameter.shape)}"
+                    )
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def _name(self, group: int, index: int) -> str:
+        """The parameter's name where the optimizer was given names, else its place."""
+        names = self.param_groups[group].get("param_names")
+        if names is not None:
+            return str(names[index])
+        shape = tuple(self.param_groups[group]["params"][index].shape)
+        return f"parameter {index} of group {group}, shape {shape},"
+
+    def uses_shampoo(self, group: dict[str, Any], parameter: Tensor) -> bool:
+        """By the group's rule: "auto" takes what has at least two rows and two columns; AdamW steps the rest."""
+        return group["rule"] != "adamw" and is_matrix(tuple(parameter.shape))
+
+    def _plan(self, number: int) -> Plan:
+        group = self.param_groups[number]
+        key = tuple(group[name] for name in _FIXED)
+        found = self._plans.get(number)
+        if found is not None and len(group["params"]) == len(found[1].entries) + len(found[1].adamw):
+            if found[0] != key:
+                raise ValueError(
+                    f"Shampoo: {', '.join(_FIXED)} of group {number} must stay as they were at its first step, got "
+                    f"{key} after {found[0]}"
+                )
+            return found[1]
+        check_group(group, warn=False)
+        entries, plain = [], []
+        for i, parameter in enumerate(group["params"]):
+            if self.uses_shampoo(group, parameter):
+                entries.append(make_entry(group, parameter, self._name(number, i), self.state[parameter]))
+            else:
+                plain.append((parameter, self.state[parameter]))
+        plan = build(group, entries, plain)
+        self._plans[number] = (key, plan)
+        return plan
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; parameters without gradient stay as they are.
+
+        Raises:
+            TypeError: a gradient is sparse; nothing was changed.
+            RuntimeError: a root or a gradient failed max_failures times in a row.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for number, group in enumerate(self.param_groups):
+            for i, parameter in enumerate(group["params"]):
+                if parameter.grad is not None and parameter.grad.layout != torch.strided:
+                    raise TypeError(
+                        f"Shampoo: gradient of {self._name(number, i)} must be dense, got {parameter.grad.layout}"
+                    )
+        for number, group in enumerate(self.param_groups):
+            plan = self._plan(number)
+            adamw_(group, plan.adamw)
+            work = steps.begin(plan, group, self.root_group, self._impl)
+            if not work.live:
+                continue
+            steps.accumulate(work)
+            steps.refresh(work)
+            steps.update(work)
+            watch = self._watches.setdefault(number, Watch())
+            on_cpu = all(e.parameter.device.type == "cpu" for e in work.live)
+            watch.check(partial(steps.counters, plan), on_cpu, group["max_failures"], group["check_every"])
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Like torch's. Factors and roots are copies: in the optimizer they are parts of larger stacks.
+
+        state[i]: "step", "momentum" (and "second_moment") of the parameter's shape, "left", "left_root" [blocks, m, m],
+        "right", "right_root" [blocks, n, n]; a suffix ".1" .. for shorter blocks at the edge. AdamW's: "step",
+        "exp_avg", "exp_avg_sq".
+        """
+        found = super().state_dict()
+        found["state"] = {
+            i: {k: v.clone() if k.startswith(("left", "right")) else v for k, v in state.items()}
+            for i, state in found["state"].items()
+        }
+        return found
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a state over; every tensor keeps the dtype it was saved in.
+
+        Raises:
+            ValueError: groups or shapes do not fit; nothing was changed.
+        """
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        own = [(n, i, p) for n, group in enumerate(self.param_groups) for i, p in enumerate(group["params"])]
+        if len(saved) == len(own):
+            for key, (number, index, parameter) in zip(saved, own):
+                group = {**self.param_groups[number], **state_dict["param_groups"][number]}
+                self._check_state(group, parameter, self._name(number, index), state_dict["state"].get(key, {}))
+        super().load_state_dict(state_dict)
+        for key, (number, _, parameter) in zip(saved, own):
+            # torch casts state to the parameter's dtype, which would round float32 factors of bfloat16 parameters.
+            for name, value in state_dict["state"].get(key, {}).items():
+                if isinstance(value, Tensor):
+                    where = self._step_device(number, parameter) if name == "step" else parameter.device
+                    self.state[parameter][name] = value.detach().to(where).clone()
+        self._reset()
+
+    def _step_device(self, number: int, parameter: Tensor) -> torch.device:
+        """Where the count of steps is: for Shampoo on the CPU, for fused AdamW beside the parameter."""
+        beside = not self.uses_shampoo(self.param_groups[number], parameter) and is_fused(parameter)
+        return parameter.device if beside else torch.device("cpu")
+
+    def _check_state(self, group: dict[str, Any], parameter: Tensor, name: str, state: dict[str, Any]) -> None:
+        if not state:
+            return
+        shapes = {key: tuple(parameter.shape) for key in ("momentum", "second_moment", "exp_avg", "exp_avg_sq")}
+        if self.uses_shampoo(group, parameter):
+            expected = expected_shapes(group, parameter)
+            shapes |= expected
+            missing = sorted(expected.keys() - state.keys())
+            if missing:
+                raise ValueError(f"Shampoo: state of {name} must hold {sorted(expected)}, got none for {missing}")
+        # Those of the parameter's own shape first: their message says more.
+        for key, value in sorted(state.items(), key=lambda item: item[0].startswith(("left", "right"))):
+            if key in shapes and tuple(value.shape) != shapes[key]:
+                raise ValueError(
+                    f"Shampoo: state {key!r} of {name} must have shape {shapes[key]}, got {tuple(value.shape)}"
+                )
+            if key not in shapes and key != "step":
+                raise ValueError(f"Shampoo: state of {name} must hold {sorted([*shapes, 'step'])}, got also {key!r}")

@@ -1,0 +1,197 @@
+"""Where the factors live: one stack of same-size factors for many parameters; the state of each is a view of it.
+
+A family is a set of blocks of one shape with the same sides: one call for their Gram products and one for their update.
+A bucket stacks the factors of one size and exponent, of whatever families: one call for all their roots.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effkern.optim.shampoo import blocks
+from effkern.optim.shampoo.options import exponents_of, sides_of
+from effkern.optim.shampoo.sharded import Layout, is_sharded, layout_of, local, same_device_zeros
+
+
+@dataclass(eq=False)
+class Entry:
+    """A parameter that Shampoo steps, with its state."""
+
+    name: str
+    parameter: Tensor
+    state: dict[str, Any]
+    order: tuple[int, ...]
+    shape: tuple[int, int]
+    left: bool
+    right: bool
+    layout: Layout | None
+    sharded: bool
+    """Whether it is a DTensor, whole or in parts."""
+    step: int = 0
+    """The number in state["step"], where no device is asked."""
+
+
+class Bucket:
+    """A stack of factors of one size."""
+
+    def __init__(self, size: int, exponent: float) -> None:
+        self.size, self.exponent, self.count = size, exponent, 0
+        self.names: list[str] = []
+
+    def reserve(self, names: list[str]) -> int:
+        """First place of blocks that belong to the parameters `names`."""
+        first = self.count
+        self.names += names
+        self.count += len(names)
+        return first
+
+    def allocate(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Factors zero; roots the identity, so that a block without a root yet moves along its momentum."""
+        shape = (self.count, self.size, self.size)
+        self.factor = torch.zeros(shape, dtype=dtype, device=device)
+        self.root = torch.eye(self.size, dtype=dtype, device=device).expand(shape).clone()
+        self.failures = torch.zeros(self.count, dtype=torch.int32, device=device)
+
+
+@dataclass(eq=False)
+class Family:
+    """Blocks of one shape, in one order, contiguous in their buckets."""
+
+    m: int
+    n: int
+    layout: Layout | None
+    left: Bucket | None = None
+    right: Bucket | None = None
+    left_first: int = 0
+    right_first: int = 0
+    owners: list[Entry] = field(default_factory=list)
+    cuts: list[blocks.Block] = field(default_factory=list)
+    places: list[tuple[Entry, str, int, int]] = field(default_factory=list)
+    """Entry, suffix of its state's keys, and its range of blocks."""
+
+    def add(self, entry: Entry, suffix: str, cuts: list[blocks.Block]) -> None:
+        first = len(self.cuts)
+        self.cuts += cuts
+        self.owners += [entry] * len(cuts)
+        self.places.append((entry, suffix, first, len(self.cuts)))
+
+    @property
+    def gathered(self) -> bool:
+        return self.layout is not None and self.layout.kind == "gather"
+
+    def allocate(self, device: torch.device) -> None:
+        """Gradients in a row that were not finite, as seen by the left and the right Gram product and by the update."""
+        self.bad = torch.zeros(3, len(self.cuts), dtype=torch.int32, device=device)
+
+
+@dataclass(eq=False)
+class Plan:
+    """What a step of one parameter group does, apart from the gradients."""
+
+    entries: list[Entry]
+    families: list[Family]
+    buckets: list[Bucket]
+    adamw: list[tuple[Tensor, dict[str, Any]]]
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Of the state: float64 for float64 parameters, else float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def make_entry(group: dict[str, Any], parameter: Tensor, name: str, state: dict[str, Any]) -> Entry:
+    rows, cols = shape = blocks.matrix_shape(tuple(parameter.shape))
+    left, right = sides_of(group["side"], rows, cols)
+    order = blocks.memory_order(local(parameter))
+    own = local(parameter)
+    if own.dim() > 2:
+        try:
+            own.permute(order).view(blocks.matrix_shape(tuple(own.shape)))
+        except RuntimeError:
+            raise ValueError(
+                f"Shampoo: {name} must lie in memory so that it is a matrix of its first dimension by the others, got "
+                f"shape {tuple(own.shape)} with strides {own.stride()}"
+            ) from None
+    layout = layout_of(parameter, name, left, right)
+    entry = Entry(name, parameter, state, order, shape, left, right, layout, is_sharded(parameter))
+    if "step" in state:
+        entry.step = int(state["step"])
+    else:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+    return entry
+
+
+def slot(entry: Entry, key: str, dtype: torch.dtype) -> Tensor:
+    """A state tensor of the parameter's shape, laid out in memory as the parameter is."""
+    found = entry.state.get(key)
+    if found is None or local(found).stride() != local(entry.parameter).stride():
+        fresh = same_device_zeros(entry.parameter, dtype)
+        if found is not None:
+            local(fresh).copy_(local(found))
+        entry.state[key] = found = fresh
+    return found
+
+
+def _local_cuts(entry: Entry, cuts: list[blocks.Block]) -> list[blocks.Block]:
+    """Blocks of the local part, where the side that is not preconditioned is shared out."""
+    if entry.layout is None or entry.layout.kind != "reduce":
+        return cuts
+    rows, cols = blocks.as_matrix(local(entry.parameter), entry.order).shape
+    return [c._replace(m=rows) if entry.layout.dim == 0 else c._replace(n=cols) for c in cuts]
+
+
+def build(group: dict[str, Any], entries: list[Entry], adamw: list[tuple[Tensor, dict[str, Any]]]) -> Plan:
+    """Families and buckets of the entries; factors that are in their states already move into the buckets."""
+    families: dict[Any, Family] = {}
+    for e in entries:
+        place = (e.left, e.right, e.layout, e.parameter.device, e.parameter.dtype)
+        pieces = blocks.split(*e.shape, group["block_size"], e.left, e.right)
+        for number, ((m, n), cuts) in enumerate(pieces.items()):
+            family = families.setdefault((m, n, *place), Family(m, n, e.layout))
+            family.add(e, f".{number}" if number else "", _local_cuts(e, cuts))
+    buckets: dict[Any, Bucket] = {}
+    for (m, n, left, right, _, device, dtype), family in families.items():
+        names = [e.name for e in family.owners]
+        a, b = exponents_of(group, left, right)
+        if left:
+            family.left = buckets.setdefault((m, a, device, wide(dtype)), Bucket(m, a))
+            family.left_first = family.left.reserve(names)
+        if right:
+            family.right = buckets.setdefault((n, b, device, wide(dtype)), Bucket(n, b))
+            family.right_first = family.right.reserve(names)
+        family.allocate(device)
+    for (_, _, device, dtype), bucket in buckets.items():
+        bucket.allocate(dtype, device)
+    for family in families.values():
+        _bind(family)
+    return Plan(entries, list(families.values()), list(buckets.values()), adamw)
+
+
+def _bind(family: Family) -> None:
+    """Make the states views of the buckets."""
+    for side, bucket, first in (
+        ("left", family.left, family.left_first),
+        ("right", family.right, family.right_first),
+    ):
+        if bucket is None:
+            continue
+        for entry, suffix, start, end in family.places:
+            for name, stack in (("", bucket.factor), ("_root", bucket.root)):
+                view, key = stack[first + start : first + end], side + name + suffix
+                if key in entry.state:
+                    view.copy_(entry.state[key])
+                entry.state[key] = view
+
+
+def expected_shapes(group: dict[str, Any], parameter: Tensor) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of the factors in the state of one parameter."""
+    rows, cols = blocks.matrix_shape(tuple(parameter.shape))
+    left, right = sides_of(group["side"], rows, cols)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for number, ((m, n), cuts) in enumerate(blocks.split(rows, cols, group["block_size"], left, right).items()):
+        for side, used, size in (("left", left, m), ("right", right, n)):
+            for kind in ("", "_root") if used else ():
+                shapes[f"{side}{kind}" + (f".{number}" if number else "")] = (len(cuts), size, size)
+    return shapes

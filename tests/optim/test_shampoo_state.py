@@ -1,0 +1,147 @@
+"""States of Shampoo: saved, loaded, refused."""
+
+import io
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from effkern.optim import OneSidedShampoo, Shampoo
+
+CASES = {
+    "one-sided": {},
+    "both, stale roots": {"side": "both", "precondition_frequency": 4, "grafting": "none"},
+    "adam, blocks": {"grafting": "adam", "block_size": 4, "side": "both"},
+    "kl": {"accumulation": "kl", "side": "both", "precondition_frequency": 2, "grafting": "none"},
+    "start": {"start_step": 5, "precondition_frequency": 3},
+}
+
+
+def parameters(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(6, 9), (9, 6), (6, 9), (5, 3, 2, 2), (7,)]
+    return [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
+
+
+def run(optimizer, first, last):
+    """Steps `first` to `last`, each with gradients of its own; the third parameter has one in even steps only."""
+    for t in range(first, last):
+        generator = torch.Generator().manual_seed(t)
+        for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+            p.grad = None if i == 2 and t % 2 else grad
+        optimizer.step()
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", list(CASES))
+def test_resume_to_the_bit(name, dtype):
+    """Through torch.save and a weights-only load into a fresh optimizer whose learning rate was another."""
+    w, v = parameters(dtype), parameters(dtype)
+    first = Shampoo(w, lr=0.1, **CASES[name])
+    run(first, 0, 5)
+    saved = through_a_file(first.state_dict())
+    with torch.no_grad():
+        for p, q in zip(w, v):
+            q.copy_(p)
+    second = Shampoo(v, lr=3.0, **CASES[name])
+    second.load_state_dict(saved)
+    run(first, 5, 10)
+    run(second, 5, 10)
+    assert all(torch.equal(p, q) for p, q in zip(w, v))
+    for p, q in zip(w, v):
+        mine, other = first.state[p], second.state[q]
+        assert mine.keys() == other.keys()
+        assert all(torch.equal(mine[k], other[k]) and mine[k].dtype == other[k].dtype for k in mine)
+
+
+def test_state_is_plain_and_its_own():
+    """Tensors alone, of no more memory than they show; a saved state does not move with the optimizer."""
+    w = parameters()
+    optimizer = OneSidedShampoo(w)
+    run(optimizer, 0, 3)
+    saved = optimizer.state_dict()
+    for state in saved["state"].values():
+        for value in state.values():
+            assert type(value) is torch.Tensor
+            assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
+    kept = {k: v.clone() for k, v in saved["state"][0].items() if k.startswith("left")}
+    run(optimizer, 3, 5)
+    assert all(torch.equal(saved["state"][0][k], v) for k, v in kept.items())
+
+
+def test_loading_takes_a_copy():
+    w = parameters()
+    optimizer = OneSidedShampoo(w)
+    run(optimizer, 0, 3)
+    saved = through_a_file(optimizer.state_dict())
+    reference = through_a_file(saved)
+    optimizer.load_state_dict(saved)
+    run(optimizer, 3, 5)
+    for i, state in reference["state"].items():
+        assert all(torch.equal(saved["state"][i][k], v) for k, v in state.items())
+
+
+def test_states_that_do_not_fit():
+    """Other shapes, block sizes and sides: refused by name before anything is changed."""
+    w = parameters()
+    optimizer = Shampoo(w, lr=0.1)
+    run(optimizer, 0, 2)
+    saved = optimizer.state_dict()
+
+    other = parameters()
+    other[1] = nn.Parameter(torch.randn(9, 8))
+    target = Shampoo(other)
+    run(target, 0, 1)
+    before = through_a_file(target.state_dict())
+    message = "'momentum' of parameter 1 of group 0, shape (9, 8), must have shape (9, 8), got (9, 6)"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        target.load_state_dict(saved)
+    after = target.state_dict()
+    assert before["param_groups"] == after["param_groups"]
+    for i, state in before["state"].items():
+        assert all(torch.equal(after["state"][i][k], v) for k, v in state.items())
+
+    missing = through_a_file(saved)
+    del missing["state"][0]["left_root"]
+    with pytest.raises(ValueError, match=r"must hold \['left', 'left_root'\], got none for \['left_root'\]"):
+        optimizer.load_state_dict(missing)
+    added = through_a_file(saved)
+    added["state"][0]["exp"] = torch.ones(3)
+    with pytest.raises(ValueError, match="got also 'exp'"):
+        optimizer.load_state_dict(added)
+    with pytest.raises(ValueError, match="parameter group"):
+        Shampoo(parameters()[:2]).load_state_dict(saved)
+
+
+def test_the_group_of_a_saved_state_decides():
+    """Like every option, side and block size come with the state: the loaded optimizer goes on as the saved one."""
+    w, v = parameters(), parameters()
+    first, second = Shampoo(w, lr=0.1, side="both", block_size=4), Shampoo(v, lr=0.1)
+    run(first, 0, 3)
+    run(second, 0, 2)
+    with torch.no_grad():
+        for p, q in zip(w, v):
+            q.copy_(p)
+    second.load_state_dict(first.state_dict())
+    run(first, 3, 6)
+    run(second, 3, 6)
+    assert all(torch.equal(p, q) for p, q in zip(w, v))
+
+
+def test_a_state_before_the_first_step():
+    w, v = parameters(), parameters()
+    second = Shampoo(v, lr=3.0)
+    second.load_state_dict(Shampoo(w, lr=0.1).state_dict())
+    first = Shampoo(w, lr=0.1)
+    run(first, 0, 2)
+    run(second, 0, 2)
+    assert all(torch.equal(p, q) for p, q in zip(w, v))
