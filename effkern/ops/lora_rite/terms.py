@@ -5,7 +5,7 @@ from typing import NamedTuple
 from effkern.ops.lora_rite.reference import RiteOptions
 
 EQUILIBRATED = 1e-5
-"""Least square of a Cholesky pivot, as a share of its diagonal element, that a float32 Gram matrix can be trusted with."""
+"""Least square of a Cholesky pivot, as a share of its diagonal element, that a float32 Gram matrix is trusted with."""
 
 
 class Terms(NamedTuple):
