@@ -189,8 +189,16 @@ def test_ranks_above_the_kernels():
 
 
 def test_fused_means_fused():
+    on_meta = Product(9, 12, 3, seed=1, dtype=torch.float32).to("meta")
+    with pytest.raises(NotImplementedError, match=r"needs a compiled kernel, but no kernel of rank 3 runs on meta"):
+        LoRARite(pairs_of([on_meta]), fused=True)
     with pytest.raises(NotImplementedError, match=r"fused=True needs a compiled kernel, but float64 factors have none"):
         LoRARite(pairs_of([one()]), fused=True)
+    if no_kernel(3, torch.empty(0)) is None:
+        p, q = one(dtype=torch.float32), one(dtype=torch.float32)
+        optimizer_steps([p], LoRARite(pairs_of([p]), fused=True), 3)
+        optimizer_steps([q], LoRARite(pairs_of([q]), fused=False), 3)
+        torch.testing.assert_close(p.B, q.B, rtol=1e-5, atol=1e-6)
 
 
 def test_mixed_precisions_and_ranks_share_the_clip():
