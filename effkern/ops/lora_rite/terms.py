@@ -25,7 +25,8 @@ class Terms(NamedTuple):
 
 def terms_of(options: RiteOptions) -> Terms:
     return Terms(
-        *(float(beta) for beta in options.betas),
+        float(options.betas[0]),
+        float(options.betas[1]),
         float(options.eps),
         float(options.weight_decay),
         float(options.clip_grad),

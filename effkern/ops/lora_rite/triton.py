@@ -278,13 +278,14 @@ def _plan(tensors: Sequence[Tensor], wide: Sequence[bool]) -> Plan:
 
 
 def _table(tensors: Sequence[Tensor]) -> Tensor:
-    key = (tensors[0].device, *(t.data_ptr() for t in tensors))
-    if any(address % 16 for address in key[1:]):
+    addresses, device = tuple(t.data_ptr() for t in tensors), tensors[0].device
+    if any(address % 16 for address in addresses):
         raise ValueError("lora_rite: tensors must start at a multiple of 16 bytes for impl='triton'")
+    key = (device, addresses)
     if key not in _TABLES:
         while len(_TABLES) >= _MOST_TABLES:
             del _TABLES[next(iter(_TABLES))]
-        _TABLES[key] = torch.tensor(key[1:], dtype=torch.int64).to(key[0], non_blocking=True)
+        _TABLES[key] = torch.tensor(addresses, dtype=torch.int64).to(device, non_blocking=True)
     return _TABLES[key]
 
 
@@ -363,7 +364,7 @@ def advance_(factors, moments, grads, wide, update, whiten, transport, exact, si
     if not _compiled(whiten.device):
         return False
     plan = _plan(factors, wide)
-    partial = _update_tiles(factors, moments, grads, plan, *update, whiten, exact)
+    partial = _update_tiles(factors, moments, grads, plan, *(*update, whiten, exact))
     torch.ops.effkern.lora_rite_rebase_tiles_(
         partial, plan.first, update[0], whiten, transport, exact, single, tolerance
     )
