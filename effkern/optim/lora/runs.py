@@ -10,6 +10,7 @@ from torch import Tensor
 from effkern.ops import registry
 from effkern.ops.lora_rite import RiteGroup, gram
 from effkern.ops.lora_rite.group import MAX_RANK, OP
+from effkern.ops.lora_rite.stages import choose
 from effkern.optim.lora.layout import Layout, RowSums, compute_dtype, layout_of, local_of, mesh_of
 from effkern.optim.lora.pairs import LoraPair
 
@@ -29,8 +30,8 @@ def no_kernel(rank: int, like: Tensor) -> str | None:
             return "the C++ kernels are missing (effkern doctor says why)"
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"effkern::{OP}_gram", "CPU"):
             return f"effkern._C was built without {OP}"
-    elif registry.choose(OP, "auto", like.device) == "plain":
-        return f"no kernel runs on {like.device}"
+    elif choose("auto", like.new_empty(0, dtype=torch.float32), rank) == "plain":
+        return f"no kernel of rank {rank} runs on {like.device}"
     return None
 
 
