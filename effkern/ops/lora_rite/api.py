@@ -42,8 +42,8 @@ def lora_rite_step_(
         options: of each group; all share clip_grad and skip_rms.
         grad_scale: 0-d, what gradients are to be multiplied with (1 / the loss scale).
         found_inf: 0-d or [1]; not 0: nothing is written.
-        reduce: called with (group, x) for every sum over rows, x [F, ...] float64 with the factors of that group:
-            returns the sum over all processes that hold rows of them. A group's `rows` must then be those of all.
+        reduce: called with (group, x) for every sum over rows, x [F, ...] float64 with the factors of that group; it
+            returns the sum over all processes that hold rows of them. A group's `rows` must be those of all processes.
         impl: "auto", "cpp" (CPU, float32), "triton" (CUDA, float32, r <= 16; r x r work by effkern._C_cuda where it is
             built), "plain" (any device, float32 and float64).
 
