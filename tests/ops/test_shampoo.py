@@ -310,6 +310,17 @@ def test_compile_cpp():
     torch.testing.assert_close(W, plain[0])
 
 
+@needs_cpp
+def test_without_lapack_the_reference_runs_cpp(monkeypatch):
+    """A libtorch that lacks the routines: "auto" goes on, an explicit choice says why it cannot."""
+    monkeypatch.setattr(torch.ops.effkern, "shampoo_lapack", lambda: False)
+    factor = torch.zeros(1, 3, 3)
+    gram_ema_(factor, torch.eye(3)[None], decay=1.0, weight=2.0)
+    assert torch.equal(factor[0], 2 * torch.eye(3))
+    with pytest.raises(NotImplementedError, match="this libtorch has no LAPACK"):
+        gram_ema_(factor, torch.eye(3)[None], decay=1.0, weight=2.0, impl="cpp")
+
+
 GRAM_ERRORS = [
     ({"side": "both"}, ValueError, "side must be 'left' or 'right', got 'both'"),
     ({"decay": -0.1}, ValueError, "decay must be finite and >= 0, got -0.1"),
