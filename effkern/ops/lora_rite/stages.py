@@ -22,6 +22,8 @@ from effkern.ops.lora_rite.group import OP, RiteGroup
 from effkern.ops.lora_rite.terms import Terms
 
 Reduce = Callable[[RiteGroup, Tensor], Tensor]
+CUDA_RANK = 128
+"""Largest rank of the r x r kernels on CUDA; above it they are plain, with torch's eigensolver."""
 TRITON_RANK = 16
 """Largest rank of the Triton kernels; above it "auto" means plain products on CUDA."""
 
@@ -66,6 +68,8 @@ def _small_compiled(impl: str, like: Tensor, rank: int) -> bool:
     if impl == "plain" or like.dtype != torch.float32:
         return False
     choose(impl, like, rank)
+    if like.device.type == "cuda" and rank > CUDA_RANK:
+        return False
     return native.load("_C_cuda" if like.device.type == "cuda" else "_C") is None
 
 
