@@ -299,6 +299,7 @@ GRAM_ERRORS = [
     ),
     ({"grads": torch.zeros(2, 4, 5, dtype=torch.int64)}, TypeError, "grads must be float32, .* got torch.int64"),
     ({"grads": [torch.zeros(4, 5).to_sparse()] * 2}, TypeError, r"grads\[0\] must be dense, got torch.sparse_coo"),
+    ({"grads": torch.zeros(2, 4, 5).double()}, TypeError, "grads must be float32 or narrower with a float32 factor"),
     ({"grads": 3}, TypeError, "grads must be a tensor or a list of tensors, got int"),
     ({"factor_Bpp": torch.zeros(2, 4, 4, device="meta")}, ValueError, "grads must be on meta, got cpu"),
     ({"factor_Bpp": torch.zeros(2, 4, 4).mT[:, ::2]}, ValueError, "factor_Bpp must have shape"),
