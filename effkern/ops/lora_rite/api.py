@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effkern.ops.lora_rite import stages
+from effkern.ops.lora_rite import stages, stretch
 from effkern.ops.lora_rite.group import OP, RiteGroup, check_grads
 from effkern.ops.lora_rite.reference import RiteOptions
 from effkern.ops.lora_rite.stages import Products
@@ -102,7 +102,7 @@ def lora_rite_step_(
         products = stages.update_(*lists, update, group.whiten, group.exact, impl=impl)
         if reduce is not None:
             products = Products(*(reduce(group, x) for x in products))
-        stages.rebase_(group, products, update.gate, terms.tolerance, impl)
+        stretch.rebase_(group, products, update.gate, terms.tolerance, reduce, impl)
         put_back(part)
         gate = update.gate
     return gate
