@@ -33,11 +33,13 @@ LOSSES = [
 ]
 LAUREL_TESTS = "tests/ops/test_laurel_triton.py"
 OPTIM_TESTS = [
-    "tests/ops/test_shampoo.py",
-    "tests/ops/test_shampoo_root.py",
     "tests/ops/test_batched_eigh.py",
     "tests/ops/test_lora_rite.py",
     "tests/ops/test_lora_rite_invariance.py",
+    "tests/ops/test_lora_rite_triton.py",
+    "tests/ops/test_shampoo.py",
+    "tests/ops/test_shampoo_root.py",
+    "tests/ops/test_shampoo_triton.py",
 ]
 LOOPED_TESTS = ["tests/ops/test_loop_step_triton.py", "tests/ops/test_looped_linear_attention_triton.py"]
 # The first compares all variants with float64; the last is decoding.

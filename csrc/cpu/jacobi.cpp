@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "cpu/jacobi_lanes.h"
-#include "cpu/lapack.h"
+#include "cpu/lapack_parallel.h"
 
 namespace effkern {
 namespace jacobi {

@@ -1,10 +1,8 @@
 // The LAPACK and BLAS routines that libtorch brings, by their reference names; matrices lie column by column.
 //
 // Declared weak: a libtorch without one of them loads all the same, and available() and has_eigh() say so. MKL makes its
-// bits depend on the threads that it takes: call these inside lapack::parallel_for.
+// bits depend on the threads that it takes: call these inside lapack::parallel_for, of lapack_parallel.h.
 #pragma once
-
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -46,16 +44,6 @@ class OneThread {
  private:
   int before_;
 };
-
-// f(begin, end) for ranges of [0, count). A single range runs outside of any parallel region, where the library would
-// take threads of its own.
-template <class F>
-void parallel_for(int64_t count, const F& f) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    const OneThread guard;
-    f(begin, end);
-  });
-}
 
 inline bool available() {
   return ssyevd_ != nullptr && dsyevd_ != nullptr && spotrf_ != nullptr && dpotrf_ != nullptr && spotri_ != nullptr &&

@@ -6,7 +6,7 @@
 #include <limits>
 #include <optional>
 
-#include "cpu/lapack.h"
+#include "cpu/lapack_parallel.h"
 #include "cpu/shampoo_blocks.h"
 
 namespace effkern::shampoo {

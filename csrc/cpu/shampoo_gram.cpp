@@ -10,7 +10,7 @@
 #include <optional>
 
 #include "cpu/clones.h"
-#include "cpu/lapack.h"
+#include "cpu/lapack_parallel.h"
 #include "cpu/shampoo_blocks.h"
 #include "cpu/shampoo_tiles.h"
 

@@ -11,7 +11,7 @@
 #include <optional>
 #include <tuple>
 
-#include "cpu/lapack.h"
+#include "cpu/lapack_parallel.h"
 #include "cpu/shampoo_blocks.h"
 #include "cpu/shampoo_inverse.h"
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from effkern.ops.shampoo import apply_, gram_ema_
+from effkern.ops.shampoo import apply_, gram_ema_, inverse_root
 from tests.numerics import assert_as_good_as_eager, rel_err
 from tests.ops.shampoo_cases import CPP
 
@@ -206,6 +206,34 @@ def test_apply_leaves_what_is_not_finite_cpp(impl, roots, nesterov):
     assert not torch.equal(W[4], before[4])
 
 
+@pytest.mark.parametrize("impl", CPP_OR_REFERENCE)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rotated_weights_get_the_rotated_update_cpp(impl, side):
+    """W -> Q W with G -> Q G (on the right W Q), over some steps; and a permutation of the rows."""
+    m, n = 12, 20
+    p = m if side == "left" else n
+    W, gradients = torch.randn(1, m, n), torch.randn(4, 1, m, n)
+
+    def train(T: Tensor | None) -> Tensor:
+        def turn(x: Tensor) -> Tensor:
+            if T is None:
+                return x.clone()
+            return T @ x if side == "left" else x @ T
+
+        weights, momenta, factor = turn(W), torch.zeros(1, m, n), torch.zeros(1, p, p)
+        for G in gradients:
+            gram_ema_(factor, turn(G), side=side, decay=0.9, weight=0.1, impl=impl)
+            root = inverse_root(factor, ridge=1e-3, impl=impl).root
+            roots = (root, None) if side == "left" else (None, root)
+            apply_(weights, turn(G), *roots, lr=0.1, momenta=momenta, momentum_decay=0.9, norm=2.0, impl=impl)
+        return weights
+
+    plain = train(None).double()
+    for T in (torch.linalg.qr(torch.randn(p, p)).Q, torch.eye(p)[torch.randperm(p)]):
+        want = T.double() @ plain if side == "left" else plain @ T.double()
+        assert rel_err(train(T), want) < 1e-4
+
+
 @needs_cpp
 def test_threads_do_not_matter_cpp():
     threads = torch.get_num_threads()
@@ -222,6 +250,24 @@ def test_threads_do_not_matter_cpp():
             assert all(torch.equal(a, b) for a, b in zip(found[0], other))
     finally:
         torch.set_num_threads(threads)
+
+
+@needs_cpp
+def test_threads_do_not_matter_for_a_single_float64_block_cpp():
+    """Alone it is not in a parallel region, where the library would take threads of its own."""
+    G, W = (torch.randn(128, 300, dtype=torch.float64) for _ in range(2))
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            L, moved = torch.zeros(1, 128, 128, dtype=torch.float64), W.clone()
+            gram_ema_(L, [G], decay=0.9, weight=0.1, impl="cpp")
+            roots = [inverse_root(L, method=method, impl="cpp").root for method in ("eigh", "rational")]
+            apply_([moved], [G], roots[0], lr=0.1, norm=1.0, impl="cpp")
+            found.append([L, *roots, moved])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, two) for one, two in zip(*found))
 
 
 @needs_cpp
@@ -280,6 +326,17 @@ def test_compile_cpp():
     torch.testing.assert_close(found, norms)
     torch.testing.assert_close(L, plain[2])
     torch.testing.assert_close(W, plain[0])
+
+
+@needs_cpp
+def test_without_lapack_the_reference_runs_cpp(monkeypatch):
+    """A libtorch that lacks the routines: "auto" goes on, an explicit choice says why it cannot."""
+    monkeypatch.setattr(torch.ops.effkern, "shampoo_lapack", lambda: False)
+    factor = torch.zeros(1, 3, 3)
+    gram_ema_(factor, torch.eye(3)[None], decay=1.0, weight=2.0)
+    assert torch.equal(factor[0], 2 * torch.eye(3))
+    with pytest.raises(NotImplementedError, match="this libtorch has no LAPACK"):
+        gram_ema_(factor, torch.eye(3)[None], decay=1.0, weight=2.0, impl="cpp")
 
 
 GRAM_ERRORS = [

@@ -4,14 +4,12 @@
 the rounding of y^T y, though X itself has full rank: without a look at X they would lose a step and their moments.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from effkern.ops.lora_rite import stages
 from effkern.ops.lora_rite.group import RiteGroup
-from effkern.ops.lora_rite.stages import Products
+from effkern.ops.lora_rite.stages import Products, Reduce
 
 
 def rebase_(
@@ -19,16 +17,16 @@ def rebase_(
     products: Products,
     gate: Tensor | None,
     tolerance: float,
-    reduce: Callable[[RiteGroup, Tensor], Tensor] | None = None,
+    reduce: Reduce | None = None,
     impl: str = "auto",
 ) -> None:
     """`stages.rebase_`, and a float64 Gram matrix of X itself for each factor that it could not keep its full rank.
 
-    On CUDA only with plain products, which wait for the device in any case; the kernels cut such directions off for one
-    step. Costs a copy of `whiten`, and nothing else where no factor was stretched.
+    On CUDA only where the r x r stages are plain, which wait for the device in any case: the compiled ones cut such
+    directions off for one step. Costs a copy of `whiten`, and nothing else where no factor was stretched.
     """
     like = group.factors[0]
-    if like.device.type != "cpu" and stages.choose(impl, like) != "plain":
+    if like.device.type != "cpu" and stages.small_compiled(impl, like, group.rank):
         stages.rebase_(group, products, gate, tolerance, impl)
         return
     before, was_exact = group.whiten.clone(), group.exact.clone()
@@ -40,7 +38,7 @@ def rebase_(
 
 def _from_factors(
     group: RiteGroup, products: Products, places: Tensor, whiten: Tensor, tolerance: float,
-    reduce: Callable[[RiteGroup, Tensor], Tensor] | None, impl: str,
+    reduce: Reduce | None, impl: str,
 ) -> None:  # fmt: skip
     """The basis of the factors at `places`; whiten [len(places), r, r] is the one that the products were made with."""
     chosen = places.tolist()
