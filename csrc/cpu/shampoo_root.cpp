@@ -11,7 +11,7 @@
 #include <optional>
 #include <tuple>
 
-#include "cpu/lapack.h"
+#include "cpu/lapack_parallel.h"
 #include "cpu/shampoo_blocks.h"
 #include "cpu/shampoo_inverse.h"
 
@@ -300,7 +300,7 @@ void run(const Tensor& out, const Tensor& factor, const Options& options, bool f
   const int64_t batch = factor.size(0), n = factor.size(1);
   const W* a = static_cast<const W*>(factor.const_data_ptr());
   W* x = static_cast<W*>(out.mutable_data_ptr());
-  torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+  lapack::parallel_for(batch, [&](int64_t begin, int64_t end) {
     Root<W> root(n, options);
     for (int64_t b = begin; b < end; ++b) {
       W* to = x + b * n * n;
