@@ -42,8 +42,8 @@ def test_zero_gradient_blocks():
 @pytest.mark.parametrize("grafting", ["rms", "none", "adam", "sgd"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_gradients_that_are_not_finite(bad, grafting):
-    """The block keeps factor, root, momentum, second moment and weight; its neighbours step; the next step is as if it
-    had not been; one warning with the name."""
+    """The block keeps factor, root, momentum, second moment and weight; its neighbours step; the next step goes on
+    from there; one warning with the name."""
     torch.manual_seed(0)
     broken, healthy = weight(4, 6), weight(4, 6)
     optimizer = Shampoo([("broken", broken), ("healthy", healthy)], lr=0.1, weight_decay=0.1, grafting=grafting)

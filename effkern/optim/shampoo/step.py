@@ -8,9 +8,9 @@ from torch import Tensor
 
 from effkern.ops import shampoo as ops
 from effkern.optim.shampoo import blocks, sharded
-from effkern.optim.shampoo.failures import GRADIENT, ROOT, Counters
-from effkern.optim.shampoo.grafting import SECOND_MOMENT
+from effkern.optim.shampoo.failures import ADAMW, GRADIENT, ROOT, UPDATE, Counters
 from effkern.optim.shampoo.options import last_root_step, root_is_due
+from effkern.optim.shampoo.saved import state_keys
 from effkern.optim.shampoo.state import Bucket, Entry, Family, Plan, slot, wide
 from effkern.optim.shampoo.update import update_
 
@@ -211,11 +211,6 @@ def update(work: Work) -> None:
             _update(work, s, lambda e, key: e.parameter.detach() if key == WEIGHT else e.state[key])
 
 
-def state_keys(group: dict[str, Any]) -> list[str]:
-    """State of a parameter's shape."""
-    return ["momentum"] * (group["betas"][0] > 0) + ["second_moment"] * (group["grafting"] in SECOND_MOMENT)
-
-
 def _update_gathered(work: Work, s: Segment) -> None:
     """Bring the whole matrices together, step them on every process, keep the own part."""
     layout = s.family.layout
@@ -273,7 +268,19 @@ def _apply(
     )  # fmt: skip
 
 
+def touch(work: Work) -> None:
+    """Tell autograd what was written: ops that take lists of views do not."""
+    written = [e.parameter for e in work.live]
+    written += [e.state[key] for e in work.live for key in state_keys(work.group)]
+    for f in dict.fromkeys(s.family for s in work.segments):
+        written += [t for b in (f.left, f.right) if b is not None for t in (b.factor, b.root)]
+    torch.autograd.graph.increment_version(written)
+
+
 def counters(plan: Plan) -> Counters:
-    """For Watch: gradients of each family, roots of each bucket."""
-    found: Counters = [(GRADIENT, [e.name for e in f.owners], f.bad.amax(dim=0)) for f in plan.families]
+    """For Watch: gradients and updates of each family, roots of each bucket, gradients of AdamW."""
+    found: Counters = [(ADAMW, some.names, some.bad) for some in plan.plain]
+    for f in plan.families:
+        names, gradient = [e.name for e in f.owners], f.bad[:2].amax(dim=0)
+        found += [(GRADIENT, names, gradient), (UPDATE, names, torch.where(gradient > 0, 0, f.bad[2]))]
     return found + [(ROOT, b.names, b.failures) for b in plan.buckets]
