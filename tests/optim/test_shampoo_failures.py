@@ -59,3 +59,53 @@ def test_updates_that_are_not_finite_are_not_laid_on_the_gradient():
         "were"
     ]
     assert torch.equal(w, before)
+
+
+CASES = [
+    {"grafting": "none"},
+    {"grafting": "none", "side": "both", "bias_correction": False},
+    {"grafting": "none", "side": "both", "accumulation": "kl"},
+    {"grafting": "rms", "block_size": 3, "side": "both"},
+]
+
+
+@pytest.mark.parametrize("first", [0.0, math.nan])
+@pytest.mark.parametrize("options", CASES, ids=str)
+@pytest.mark.filterwarnings("ignore:Shampoo. gradient")
+def test_roots_of_factors_that_come_late(options, first):
+    """No gradient yet at the step of the roots (a zero-initialised factor makes its partner's zero): the root is taken
+    with the first gradient, as one with a root at every step takes it, and kept; also through a saved state."""
+    seldom, loaded, often, other = (weight(4, 6, dtype=torch.float64) for _ in range(4))
+    with torch.no_grad():
+        often.copy_(seldom)
+        loaded.copy_(seldom)
+    optimizer = Shampoo([other, seldom], precondition_frequency=50, **options)
+    truth = Shampoo([often], precondition_frequency=1, **options)
+    grads = [torch.full((4, 6), first).double(), *torch.randn(2, 4, 6, dtype=torch.float64)]
+    step(optimizer, torch.randn(4, 6).double(), grads[0])
+    step(truth, grads[0])
+    resumed = Shampoo([nn.Parameter(other.detach().clone()), loaded], precondition_frequency=50, **options)
+    resumed.load_state_dict(optimizer.state_dict())
+    for t in (1, 2):
+        roots = {k: v.clone() for k, v in optimizer.state[seldom].items() if "root" in k}
+        mine = torch.randn(4, 6).double()
+        step(optimizer, mine, grads[t])
+        step(resumed, mine, grads[t])
+        step(truth, grads[t])
+        if t == 1:
+            torch.testing.assert_close(seldom, often, rtol=1e-9, atol=1e-12)
+            assert all(not torch.equal(v, optimizer.state[seldom][k]) for k, v in roots.items())
+    assert all(torch.equal(v, optimizer.state[seldom][k]) for k, v in roots.items())
+    assert torch.equal(loaded, seldom)
+
+
+def test_float64_roots_are_those_of_eigh():
+    a, b = weight(5, 8, dtype=torch.float64), weight(5, 8, dtype=torch.float64)
+    with torch.no_grad():
+        b.copy_(a)
+    first, second = Shampoo([a]), Shampoo([b], root_method="eigh")
+    for _ in range(2):
+        grad = torch.randn(5, 8).double()
+        step(first, grad)
+        step(second, grad)
+    assert torch.equal(a, b)

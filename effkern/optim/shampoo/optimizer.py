@@ -50,15 +50,19 @@ class Shampoo(torch.optim.Optimizer):
         bias_correction: of M, and of L and R under "ema" and "kl".
         weight_decay: decoupled, >= 0.
         grafting: "none", "rms" (the root mean square of g U is graft_scale), "sgd", "adagrad", "rmsprop", "adam".
-        ridge: >= 0, relative to the largest eigenvalue of the factor.
+        ridge: >= 0, relative to the largest eigenvalue of the factor. With 0 a factor without full rank makes steps of
+            any size out of rounding errors: pseudo_inverse is for that.
         pseudo_inverse: eigenvalues up to this part of the largest are left out instead; None: none is.
         block_size: >= 1.
         precondition_frequency: steps between two roots, or a schedule ((1, f1), (step2, f2), ..): f2 from step2 on.
-            Roots are taken at start_step and at multiples of the frequency.
+            Roots are taken at start_step and at multiples of the frequency. On the CPU a block whose gradients were
+            all zero by then gets its root with its first gradient; on a device, which is not waited for, at the next
+            multiple, and moves along M until then.
         start_step: before it the grafted method alone steps, while the factors gather.
         rule: "auto" gives Shampoo what has two rows and two columns at least and AdamW the rest; "shampoo" refuses the
             rest; "adamw" gives everything to AdamW.
-        root_method: of effkern.ops.shampoo.inverse_root.
+        root_method: of effkern.ops.shampoo.inverse_root; "auto" is "eigh" for float64 parameters, and else what is
+            fast, to some 1e-3.
         adamw_betas: of what AdamW steps; the second also of grafting's second moment.
         eps: of AdamW and of grafting.
         max_failures, check_every: below.

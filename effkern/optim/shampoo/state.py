@@ -43,6 +43,8 @@ class Bucket:
     def __init__(self, size: int, exponent: float) -> None:
         self.size, self.exponent, self.count = size, exponent, 0
         self.names: list[str] = []
+        self.late: set[int] = set()
+        """Those whose factor was zero when their root was due: known on the CPU alone, as reading it waits."""
 
     def reserve(self, names: list[str]) -> int:
         """First place of blocks that belong to the parameters `names`."""
@@ -57,6 +59,21 @@ class Bucket:
         self.factor = torch.zeros(shape, dtype=dtype, device=device)
         self.root = torch.eye(self.size, dtype=dtype, device=device).expand(shape).clone()
         self.failures = torch.zeros(self.count, dtype=torch.int32, device=device)
+
+    def _empty(self, first: int, last: int) -> set[int]:
+        """Those of [first, last) whose factor is zero."""
+        filled = self.factor[first:last].diagonal(dim1=1, dim2=2).any(dim=1)
+        return {first + i for i, full in enumerate(filled.tolist()) if not full}
+
+    def note(self, first: int, last: int) -> None:
+        """Roots of [first, last) were due: those without a factor will be as soon as they have one."""
+        if self.factor.device.type == "cpu":
+            self.late = (self.late - set(range(first, last))) | self._empty(first, last)
+
+    def ready(self, first: int, last: int) -> list[int]:
+        """Late ones of [first, last) that have a factor by now."""
+        some = {i for i in self.late if first <= i < last}
+        return sorted(some - self._empty(min(some), max(some) + 1)) if some else []
 
 
 @dataclass(eq=False)
@@ -179,12 +196,12 @@ def build(group: dict[str, Any], entries: list[Entry], others: list[tuple[str, T
     for (_, _, device, dtype), bucket in buckets.items():
         bucket.allocate(dtype, device)
     for family in families.values():
-        _bind(family)
+        _bind(family, group["start_step"])
     devices = {e.parameter.device.type for e in entries} | {d.type for d in plain}
     return Plan(entries, list(families.values()), list(buckets.values()), list(plain.values()), devices <= {"cpu"})
 
 
-def _bind(family: Family) -> None:
+def _bind(family: Family, start_step: int) -> None:
     """Make the states views of the buckets."""
     for side, bucket, first in (
         ("left", family.left, family.left_first),
@@ -198,3 +215,5 @@ def _bind(family: Family) -> None:
                 if key in entry.state:
                     view.copy_(entry.state[key])
                 entry.state[key] = view
+            if entry.step >= start_step:
+                bucket.note(first + start, first + end)

@@ -94,10 +94,14 @@ def _factors(s: Segment, which: int, name: str) -> Tensor | None:
 def _correction(group: dict[str, Any], step: int) -> float:
     """1 - beta2^t of the step t whose roots serve at `step`: (c L)^-a = c^-a L^-a, so that the roots, whose ridge is
     relative, are taken of the factors as they are, and a factor that stays keeps its root to the bit."""
-    if not group["bias_correction"] or group["accumulation"] not in ("ema", "kl"):
+    return _share(group, last_root_step(group["precondition_frequency"], group["start_step"], step))
+
+
+def _share(group: dict[str, Any], step: int) -> float:
+    """The sum of the weights in a factor after `step` steps; 1 where it is not corrected for."""
+    if not step or not group["bias_correction"] or group["accumulation"] not in ("ema", "kl"):
         return 1.0
-    taken = last_root_step(group["precondition_frequency"], group["start_step"], step)
-    return 1.0 - group["betas"][1] ** taken if taken else 1.0
+    return 1.0 - group["betas"][1] ** step
 
 
 def _direction_scale(group: dict[str, Any], s: Segment) -> float:
@@ -156,21 +160,30 @@ def _accumulate_shards(
 
 
 def refresh(work: Work) -> None:
-    """Take the roots that are due."""
+    """Take the roots that are due, and those that were while there was no factor."""
     group = work.group
     due: dict[Bucket, list[tuple[int, int]]] = {}
     for s in work.segments:
-        if not root_is_due(group["precondition_frequency"], group["start_step"], s.step):
-            continue
+        now = root_is_due(group["precondition_frequency"], group["start_step"], s.step)
         for bucket, offset in ((s.family.left, s.family.left_first), (s.family.right, s.family.right_first)):
-            if bucket is not None:
-                due.setdefault(bucket, []).append((offset + s.first, offset + s.last))
+            if bucket is None:
+                continue
+            first, last = offset + s.first, offset + s.last
+            if now:
+                due.setdefault(bucket, []).append((first, last))
+            elif bucket.late:
+                # The update corrects for the step at which the root was due.
+                scale = _correction(group, s.step) / _share(group, s.step)
+                for start, end in _joined([(i, i + 1) for i in bucket.ready(first, last)]):
+                    _take_roots(bucket, start, end, work, scale)
     for bucket, spans in due.items():
         for first, last in _joined(spans):
             _take_roots(bucket, first, last, work)
 
 
 def _joined(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    if not spans:
+        return
     spans.sort()
     first, last = spans[0]
     for start, end in spans[1:]:
@@ -181,18 +194,22 @@ def _joined(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     yield first, last
 
 
-def _take_roots(bucket: Bucket, first: int, last: int, work: Work) -> None:
+def _take_roots(bucket: Bucket, first: int, last: int, work: Work, scale: float = 1.0) -> None:
     group = work.group
     root, failures = bucket.root[first:last], bucket.failures[first:last]
     low, high = sharded.share_of(last - first, work.root_group)
+    # The other methods end at some 1e-3, which is not what float64 is chosen for.
+    exact = group["root_method"] == "auto" and root.dtype == torch.float64
+    method = "eigh" if exact else group["root_method"]
     if high > low:
         mine = root[low:high]
         ops.inverse_root(
             bucket.factor[first + low : first + high],
             exponent=-bucket.exponent,
             ridge=group["ridge"],
+            scale=scale,
             pseudo_inverse=group["pseudo_inverse"],
-            method=group["root_method"],
+            method=method,
             out=mine,
             failures=failures[low:high],
             impl=work.impl,
@@ -200,6 +217,7 @@ def _take_roots(bucket: Bucket, first: int, last: int, work: Work) -> None:
     if work.root_group is not None:
         sharded.gather_shares(root, work.root_group)
         sharded.gather_shares(failures, work.root_group)
+    bucket.note(first, last)
 
 
 def update(work: Work) -> None:
