@@ -109,3 +109,84 @@ def test_float64_roots_are_those_of_eigh():
         step(first, grad)
         step(second, grad)
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"precondition_frequency": 0}, "precondition_frequency must be at least 1, got 0"),
+        ({"betas": (0.9, 1.0)}, "betas must be two numbers"),
+        ({"grafting": "foo"}, "grafting must be one of"),
+        ({"lr": -1.0}, "lr must be at least 0"),
+        ({"side": "both"}, "side, .* of group 1 must stay as they were"),
+    ],
+    ids=str,
+)
+def test_options_set_later(change, message):
+    """Refused before any parameter of any group has moved or counted a step."""
+    a, b = weight(4, 6), weight(4, 6)
+    optimizer = Shampoo([{"params": [a]}, {"params": [b]}])
+    step(optimizer, torch.randn(4, 6), torch.randn(4, 6))
+    optimizer.param_groups[1].update(change)
+    before = a.detach().clone(), {k: v.clone() for k, v in optimizer.state[a].items()}
+    with pytest.raises(ValueError, match=message):
+        step(optimizer, torch.randn(4, 6), torch.randn(4, 6))
+    assert torch.equal(a, before[0])
+    assert all(torch.equal(v, optimizer.state[a][k]) for k, v in before[1].items())
+
+
+def test_a_weight_that_is_no_matrix_stops_all_groups():
+    a, b = weight(4, 6), nn.Parameter(torch.randn(4, 6, 5)[:, ::2])
+    optimizer = Shampoo([{"params": [a]}, {"params": [b]}])
+    before = a.detach().clone()
+    with pytest.raises(ValueError, match="must lie in memory so that"):
+        step(optimizer, torch.randn(4, 6), torch.randn(4, 3, 5))
+    assert torch.equal(a, before)
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_failures_of_one_group_leave_the_others_their_step():
+    a, b = weight(4, 6), weight(4, 6)
+    optimizer = Shampoo([{"params": [a]}, {"params": [b]}], max_failures=1)
+    before = b.detach().clone()
+    with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match="all else has taken this step"):
+        step(optimizer, torch.full((4, 6), math.nan), torch.randn(4, 6))
+    assert (b != before).all()
+
+
+@pytest.mark.parametrize("grafting", ["rms", "none", "adam"])
+def test_numbers_of_other_kinds(grafting):
+    """NumPy's numbers and a learning rate of shape [1, 1] step as Python's numbers."""
+    np = pytest.importorskip("numpy")
+    found = []
+    for lr, kind in ((0.25, float), (np.float32(0.25), np.float32), (torch.tensor([[0.25]]), np.float64)):
+        torch.manual_seed(0)
+        ps = weight(4, 6), weight(6)
+        options = {"weight_decay": kind(0.5), "ridge": kind(2**-10), "betas": (kind(0.5), kind(0.75)), "eps": kind(0.5)}
+        optimizer = Shampoo(ps, lr=lr, grafting=grafting, **options)
+        for _ in range(2):
+            step(optimizer, torch.randn(4, 6), torch.randn(6))
+        found.append(ps)
+    for ps in found[1:]:
+        for p, q in zip(ps, found[0]):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="gradients have their parameter's dtype")
+@pytest.mark.parametrize("options", [{}, {"grafting": "adam"}, {"rule": "adamw"}], ids=str)
+def test_gradients_of_other_dtypes(options):
+    """float32 and float64 gradients of bfloat16 weights beside bfloat16 ones: each as it steps alone."""
+    kinds = (torch.bfloat16, torch.float32, torch.float64)
+    ws = [weight(4, 6, dtype=torch.bfloat16) for _ in kinds]
+    copies = [nn.Parameter(w.detach().clone()) for w in ws]
+    together, alone = Shampoo(ws, lr=0.1, **options), [Shampoo([c], lr=0.1, **options) for c in copies]
+    for p, dtype in zip(ws, kinds):
+        p.grad_dtype = dtype
+    for c in copies:
+        c.grad_dtype = torch.float32
+    for _ in range(2):
+        grads = [torch.randn(4, 6).bfloat16().to(dtype) for dtype in kinds]
+        step(together, *grads)
+        for optimizer, grad in zip(alone, grads):
+            step(optimizer, grad.float())
+    assert all(torch.equal(w, c) for w, c in zip(ws, copies))

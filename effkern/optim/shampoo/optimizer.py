@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from effkern.optim.shampoo import step as steps
 from effkern.optim.shampoo.blocks import is_matrix
 from effkern.optim.shampoo.failures import Watch
-from effkern.optim.shampoo.options import Frequency, check_group, check_parameter
+from effkern.optim.shampoo.options import Frequency, as_floats, check_group, check_impl, check_parameter
 from effkern.optim.shampoo.saved import ORDER, check_groups, check_state
 from effkern.optim.shampoo.state import Plan, build, make_entry
 
@@ -125,6 +125,7 @@ class Shampoo(torch.optim.Optimizer):
             "root_method": root_method, "adamw_betas": adamw_betas, "eps": eps, "max_failures": max_failures,
             "check_every": check_every,
         }  # fmt: skip
+        check_impl(impl)
         self._reset()
         self.root_group, self._impl = root_group, impl
         super().__init__(params, defaults)
@@ -228,7 +229,7 @@ class Shampoo(torch.optim.Optimizer):
                     )
         plans = [self._plan(number) for number in range(len(self.param_groups))]
         self._plans = {number: self._plans[number] for number in range(len(plans))}
-        for group, plan in zip(self.param_groups, plans):
+        for group, plan in zip(map(as_floats, self.param_groups), plans):
             for some in plan.plain:
                 some.step_(group)
             work = steps.begin(plan, group, self.root_group, self._impl)

@@ -30,7 +30,8 @@ def expected_shapes(group: dict[str, Any], parameter: Tensor) -> dict[str, tuple
 
 def state_keys(group: dict[str, Any]) -> list[str]:
     """State of a parameter's shape."""
-    return ["momentum"] * (group["betas"][0] > 0) + ["second_moment"] * (group["grafting"] in SECOND_MOMENT)
+    used = {"momentum": group["betas"][0] > 0, "second_moment": group["grafting"] in SECOND_MOMENT}
+    return [key for key, holds in used.items() if holds]
 
 
 def check_groups(own: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]]) -> None:

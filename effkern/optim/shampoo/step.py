@@ -77,9 +77,18 @@ def _take(s: Segment, of: Callable[[Entry], Tensor], *, gathered: bool = False) 
     return found
 
 
-def _gradient(entry: Entry) -> Tensor:
-    assert entry.parameter.grad is not None
-    return entry.parameter.grad
+def _gradients(s: Segment) -> list[Tensor]:
+    """Of one dtype, which parameters may leave open (grad_dtype), and not of more digits than the factors have."""
+
+    def of(entry: Entry) -> Tensor:
+        assert entry.parameter.grad is not None
+        return entry.parameter.grad
+
+    grads = _take(s, of, gathered=s.family.gathered)
+    dtypes, most = {g.dtype for g in grads}, wide(s.family.owners[0].parameter.dtype)
+    if len(dtypes) > 1 or (torch.float64 in dtypes and most != torch.float64):
+        return [g.to(most) for g in grads]
+    return grads
 
 
 def _factors(s: Segment, which: int, name: str) -> Tensor | None:
@@ -119,7 +128,7 @@ def accumulate(work: Work) -> None:
     decay = 1.0 if kind == "sum" else beta
     weight = 1.0 - beta if kind in ("ema", "kl") else 1.0
     for s in work.segments:
-        grads = _take(s, _gradient, gathered=s.family.gathered)
+        grads = _gradients(s)
         roots = _factors(s, 0, "root"), _factors(s, 1, "root")
         for which, side in enumerate(("left", "right")):
             factor = _factors(s, which, "factor")
@@ -252,7 +261,7 @@ def _update(work: Work, s: Segment, tensor: Callable[[Entry, str], Tensor]) -> N
             for e in dict.fromkeys(family.owners[s.first : s.last]):
                 slot(e, key, wide(e.parameter.dtype))
         stacks[key] = _take(s, lambda e, key=key: tensor(e, key))  # type: ignore[misc]
-    grads, begun = _take(s, _gradient, gathered=family.gathered), s.step >= group["start_step"]
+    grads, begun = _gradients(s), s.step >= group["start_step"]
     shared = family.layout is not None and not family.gathered
     bad = family.bad[:, s.first : s.last]
     if begun and not shared and group["grafting"] in ("none", "rms"):
