@@ -33,11 +33,13 @@ LOSSES = [
 ]
 LAUREL_TESTS = "tests/ops/test_laurel_triton.py"
 OPTIM_TESTS = [
-    "tests/ops/test_shampoo.py",
-    "tests/ops/test_shampoo_root.py",
     "tests/ops/test_batched_eigh.py",
     "tests/ops/test_lora_rite.py",
     "tests/ops/test_lora_rite_invariance.py",
+    "tests/ops/test_lora_rite_triton.py",
+    "tests/ops/test_shampoo.py",
+    "tests/ops/test_shampoo_root.py",
+    "tests/ops/test_shampoo_triton.py",
 ]
 LOOPED_TESTS = ["tests/ops/test_loop_step_triton.py", "tests/ops/test_looped_linear_attention_triton.py"]
 # The first compares all variants with float64; the last is decoding.
@@ -95,7 +97,8 @@ def optim_steps(pytest: list[str]) -> list[Step]:
         command = [PYTHON, "-m", "benchmarks.ops.lora_rite", "--device=cuda", "--rounds=9", "--json", *options.split()]
         found.append(Step(f"lora_rite {options}", command, 45, lines=True))
     command = [PYTHON, "-m", "benchmarks.ops.batched_eigh", "--device=cuda", "--rounds=5", "--json"]
-    return [*found, Step("batched_eigh", command, 45, lines=True)]
+    roots = [PYTHON, "-m", "benchmarks.ops.shampoo_gpu", "--json"]
+    return [*found, Step("batched_eigh", command, 30, lines=True), Step("shampoo roots", roots, 30, lines=True)]
 
 
 def speed_steps() -> list[Step]:

@@ -19,7 +19,8 @@ namespace lora_rite {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kMaxRank = 128;
+// Products take 32-bit sizes. Above 128 eigenvalues come from LAPACK.
+constexpr int64_t kMaxRank = 4096;
 // Elements of a tile: three of them and what they are made from share the second cache.
 constexpr int64_t kTile = 16384;
 // Rows whose products are summed up in float32; at large ranks the sums themselves cost more.
@@ -54,7 +55,7 @@ inline std::vector<Tall> talls(const std::vector<Tensor>& tensors, const std::ve
   check(!tensors.empty() && tensors.size() == wide.size() && tensors[0].dim() == 2,
         "lists must be of one length, and not empty");
   const int64_t rank = tensors[0].size(wide[0] ? 0 : 1);
-  check(rank >= 1 && rank <= kMaxRank, "ranks must be in [1, 128]");
+  check(rank >= 1 && rank <= kMaxRank, "ranks must be in [1, 4096]");
   std::vector<Tall> found;
   for (size_t i = 0; i < tensors.size(); ++i) found.push_back(tall(tensors[i], wide[i], rank));
   return found;

@@ -301,4 +301,5 @@ void gram_of_rows(const double* p, int64_t depth, int64_t n, int64_t stride, dou
 
 STABLE_TORCH_LIBRARY_IMPL(effkern, CompositeExplicitAutograd, m) {
   m.impl("shampoo_tiles", TORCH_BOX(&effkern::shampoo::choose_tiles));
+  m.impl("shampoo_lapack", TORCH_BOX(&effkern::lapack::available));
 }

@@ -108,6 +108,48 @@ def by_placement(rank: int, world: int, two: bool) -> list[Tensor]:
     return [whole(x.detach()).clone() for x in parameters]
 
 
+def low_start() -> tuple[list[Tensor], list[list[Tensor]]]:
+    """bfloat16 factors, and gradients that do not depend on how they are rounded."""
+    generator = torch.Generator().manual_seed(9)
+    pair = [torch.randn(4, 13, generator=generator).bfloat16(), torch.randn(9, 4, generator=generator).bfloat16()]
+    return pair, [[(torch.randn(x.shape, generator=generator) / 100).bfloat16() for x in pair] for _ in range(STEPS)]
+
+
+def by_low_precision(rank: int, world: int) -> dict[str, Any]:
+    """bfloat16 factors cut as FSDP cuts them, A along its rank; the last process of four has no row of B. Then a NaN in
+    one process, and parameters and state of another time together."""
+    mesh = init_device_mesh("cpu", (world,))
+    pair, grads = low_start()
+    parameters = [nn.Parameter(distribute_tensor(x, mesh, [Shard(0)])) for x in pair]
+    optimizer = LoRARite([LoraPair("p", *parameters, 0, 1)], **OPTIONS)
+    for step, both in enumerate([*grads, grads[0]]):
+        for parameter, grad in zip(parameters, both):
+            parameter.grad = distribute_tensor(grad, mesh, [Shard(0)])
+        if step == STEPS:
+            found = [whole(x.detach()).clone() for x in parameters]
+            masters = [whole(optimizer.state[x]["master"]).clone() for x in parameters]
+            if rank == 1:
+                parameters[1].grad.to_local().fill_(torch.nan)
+        optimizer.step()
+    after = [whole(x.detach()) for x in parameters]
+    # The last process of four sees no change of B: all must take part in its new basis.
+    with torch.no_grad():
+        parameters[1].mul_(2.0)
+    other = LoRARite([LoraPair("p", *parameters, 0, 1)], **OPTIONS)
+    other.load_state_dict(optimizer.state_dict())
+    for parameter, grad in zip(parameters, grads[0]):
+        parameter.grad = distribute_tensor(grad, mesh, [Shard(0)])
+    other.step()
+    doubled = whole(other.state[parameters[1]]["master"])
+    return {
+        "found": found,
+        "masters": masters,
+        "untouched": all(torch.equal(x, y) for x, y in zip(found, after)),
+        "doubled": doubled,
+        "steps": int(optimizer.state[parameters[0]]["step"]),
+    }
+
+
 def alone() -> dict[str, list[Tensor]]:
     """What one process with all rows finds."""
     net = network()
@@ -123,7 +165,14 @@ def alone() -> dict[str, list[Tensor]]:
         G = torch.randn(9, 13, generator=generator, dtype=torch.float64) / 100
         A.grad, B.grad = B.detach().T @ G, G @ A.detach().T
         plain.step()
-    return {"six": six, "eight": factors(net), "pair": [A.detach(), B.detach()]}
+    pair, grads = low_start()
+    low = [nn.Parameter(x) for x in pair]
+    optimizer = LoRARite([LoraPair("p", *low, 0, 1)], **OPTIONS)
+    for both in grads:
+        low[0].grad, low[1].grad = both
+        optimizer.step()
+    masters = [optimizer.state[x]["master"] for x in low]
+    return {"six": six, "eight": factors(net), "pair": [A.detach(), B.detach()], "low": masters}
 
 
 def work(rank: int, world: int) -> dict[str, Any]:
@@ -131,6 +180,7 @@ def work(rank: int, world: int) -> dict[str, Any]:
         "lora-ddp": by_ddp(rank, world),
         "lora-fsdp": by_fsdp(rank, world, rows=False),
         "lora-fsdp-rows": by_fsdp(rank, world, rows=True),
+        "lora-low": by_low_precision(rank, world),
         "lora-pair": by_placement(rank, world, two=False),
     }
     if world == 4:

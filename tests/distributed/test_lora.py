@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.distributed.lora_worker import alone
+from tests.numerics import rel_err
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,19 @@ def test_fsdp(group, truth, cut):
 def test_a_factor_that_is_whole_on_every_process(group, truth):
     for found in group:
         close(found["lora-pair"], truth["pair"])
+
+
+def test_bfloat16_and_a_nan_on_one_process(group, truth):
+    """Masters cut by rows, parameters along the rank; what one process alone has seen stops the step of all."""
+    for found in group:
+        low = found["lora-low"]
+        for got, master, want in zip(low["found"], low["masters"], truth["low"]):
+            assert torch.equal(got, master.bfloat16())
+            # Six steps of float32 sums in another order.
+            assert rel_err(master, want.double()) < 1e-5
+        assert low["untouched"]
+        assert rel_err(low["doubled"], 2 * low["masters"][1].double()) < 0.1
+        assert low["steps"] == 6
 
 
 def test_a_mesh_of_replicas_and_shards(group, truth):

@@ -40,7 +40,9 @@ def given(dtype: torch.dtype) -> list[tuple[Tensor, bool]]:
     # One warp: one matrix, an odd and an even number of players; vectors in global memory.
     for n, scratch in ((1, False), (2, False), (5, True), (16, False)):
         hard = families(n, dtype, count=1)
-        kept = ("graded 1e12", "rank-deficient", "clustered", "zero", "zero diagonal", "huge") if n < 16 else ("random",)
+        kept = (
+            ("graded 1e12", "rank-deficient", "clustered", "zero", "zero diagonal", "huge") if n < 16 else ("random",)
+        )
         cases.append((torch.cat([hard[name] for name in kept]), scratch))
     broken = families(3, dtype)["random"]
     broken[1, 2, 0], broken[2, 1, 1] = float("nan"), float("inf")

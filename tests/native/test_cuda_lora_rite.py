@@ -46,7 +46,9 @@ class Case:
             "8q7d", count, n, self.tiles, t.relative_eps, t.escaped_mass, t.sum_second, self.scratch, True, t.beta1,
             t.beta2, t.eps, t.weight_decay, t.clip, t.skip_rms, t.tolerance,
         )  # fmt: skip
-        tiles = torch.cat([self.split(x).flatten(2) if x.dim() > 1 else self.split(x)[..., None] for x in self.products], 2)
+        tiles = torch.cat(
+            [self.split(x).flatten(2) if x.dim() > 1 else self.split(x)[..., None] for x in self.products], 2
+        )
         state = [self.state[name] for name in STATE]
         parts = [self.split(self.grams), self.rows, self.lr(), *state[:5], tiles, state[5]]
         return header + b"".join(x.contiguous().numpy().tobytes() for x in parts)

@@ -83,7 +83,7 @@ def run_paper(
     problem: Problem, steps: int, options: RiteOptions | None = None, lrs: tuple[float, float] = (1e-2, 2e-2),
     rounding: bool = False,
 ) -> list[Tensor]:  # fmt: skip
-    """Tall factors by the reference in float64; `rounding`: gradients and factors are rounded to float32, nothing else."""
+    """Tall factors by the reference in float64; `rounding`: gradients and factors are rounded to float32, no more."""
     keep = rounded if rounding else (lambda x: x)
     pairs = [paper.new_pair(keep(A), keep(B)) for A, B in problem.pairs]
     for _ in range(steps):

@@ -162,3 +162,13 @@ def test_errors(arguments, options, kind, message):
 
 def test_is_exported():
     assert effkern.batched_eigh is batched_eigh
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [*ORDERS, MAX_ORDER])
+def test_cuda_hard_matrices(n, dtype):
+    for name, matrices in families(n, dtype).items():
+        values, vectors, status = (x.cpu() for x in batched_eigh(matrices.cuda(), impl="cuda"))
+        assert (status == 0).all(), name
+        assert max(errors(matrices, values, vectors)) <= BOUND, name

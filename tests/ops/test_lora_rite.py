@@ -40,8 +40,8 @@ def distance(group, truth) -> float:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_plain_float64_is_the_reference(name, zero_B):
     problem = make(zero_B=zero_B)
-    group = run(problem, 20, torch.float64, "plain", OPTIONS[name])
-    assert distance(group, run_paper(problem, 20, OPTIONS[name])) < 1e-11
+    group = run(problem, 100, torch.float64, "plain", OPTIONS[name])
+    assert distance(group, run_paper(problem, 100, OPTIONS[name])) < 1e-12
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -76,6 +76,8 @@ def test_some_skipped_skips_some():
         (((7, 9),), 1),
         (((700, 40), (50, 1500)), 33),
         (((33000, 3),), 2),
+        # Eigenvalues by LAPACK.
+        (((900, 800),), 130),
     ],
 )
 def test_ragged_shapes(shapes, rank, impl):
@@ -350,7 +352,7 @@ def test_step_errors(change, kind, message):
         ([torch.ones(3, 2), torch.ones(4, 2)], [False], ValueError, "one entry per factor, 2, got 1"),
         ([torch.ones(3, 2), torch.ones(4, 2).bfloat16()], [False] * 2, TypeError, "all of one dtype"),
         ([torch.ones(3, 2), torch.ones(2, 4).T], [False] * 2, ValueError, "must be contiguous, got strides"),
-        ([torch.ones(300, 129), torch.ones(300, 129)], [False] * 2, ValueError, "rank of at most 128"),
+        ([torch.ones(1, 4097), torch.ones(1, 4097)], [False] * 2, ValueError, "rank of at most 4096"),
         ([torch.ones(3, 2), None], [False] * 2, TypeError, "must be a tensor, got NoneType"),
         ([torch.ones(3, 2), torch.ones(0, 2)], [False] * 2, ValueError, "not empty"),
     ],
@@ -362,5 +364,5 @@ def test_group_errors(factors, wide, kind, message):
 
 def test_implementation_that_does_not_fit():
     group = group_of(make(((9, 7),), 3), torch.float64, RiteOptions(), "plain")
-    with pytest.raises(NotImplementedError, match="takes float32 factors, got torch.float64"):
+    with pytest.raises(NotImplementedError, match=r"takes float32 factors, got torch\.float64"):
         gram(group.factors, group.wide, impl="cpp")

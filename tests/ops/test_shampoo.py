@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from effkern.ops.shampoo import apply_, gram_ema_
+from effkern.ops.shampoo import apply_, gram_ema_, inverse_root
 from tests.numerics import assert_as_good_as_eager, rel_err
 from tests.ops.shampoo_cases import CPP
 
@@ -206,6 +206,34 @@ def test_apply_leaves_what_is_not_finite_cpp(impl, roots, nesterov):
     assert not torch.equal(W[4], before[4])
 
 
+@pytest.mark.parametrize("impl", CPP_OR_REFERENCE)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rotated_weights_get_the_rotated_update_cpp(impl, side):
+    """W -> Q W with G -> Q G (on the right W Q), over some steps; and a permutation of the rows."""
+    m, n = 12, 20
+    p = m if side == "left" else n
+    W, gradients = torch.randn(1, m, n), torch.randn(4, 1, m, n)
+
+    def train(T: Tensor | None) -> Tensor:
+        def turn(x: Tensor) -> Tensor:
+            if T is None:
+                return x.clone()
+            return T @ x if side == "left" else x @ T
+
+        weights, momenta, factor = turn(W), torch.zeros(1, m, n), torch.zeros(1, p, p)
+        for G in gradients:
+            gram_ema_(factor, turn(G), side=side, decay=0.9, weight=0.1, impl=impl)
+            root = inverse_root(factor, ridge=1e-3, impl=impl).root
+            roots = (root, None) if side == "left" else (None, root)
+            apply_(weights, turn(G), *roots, lr=0.1, momenta=momenta, momentum_decay=0.9, norm=2.0, impl=impl)
+        return weights
+
+    plain = train(None).double()
+    for T in (torch.linalg.qr(torch.randn(p, p)).Q, torch.eye(p)[torch.randperm(p)]):
+        want = T.double() @ plain if side == "left" else plain @ T.double()
+        assert rel_err(train(T), want) < 1e-4
+
+
 @needs_cpp
 def test_threads_do_not_matter_cpp():
     threads = torch.get_num_threads()
@@ -282,6 +310,17 @@ def test_compile_cpp():
     torch.testing.assert_close(W, plain[0])
 
 
+@needs_cpp
+def test_without_lapack_the_reference_runs_cpp(monkeypatch):
+    """A libtorch that lacks the routines: "auto" goes on, an explicit choice says why it cannot."""
+    monkeypatch.setattr(torch.ops.effkern, "shampoo_lapack", lambda: False)
+    factor = torch.zeros(1, 3, 3)
+    gram_ema_(factor, torch.eye(3)[None], decay=1.0, weight=2.0)
+    assert torch.equal(factor[0], 2 * torch.eye(3))
+    with pytest.raises(NotImplementedError, match="this libtorch has no LAPACK"):
+        gram_ema_(factor, torch.eye(3)[None], decay=1.0, weight=2.0, impl="cpp")
+
+
 GRAM_ERRORS = [
     ({"side": "both"}, ValueError, "side must be 'left' or 'right', got 'both'"),
     ({"decay": -0.1}, ValueError, "decay must be finite and >= 0, got -0.1"),
@@ -299,6 +338,7 @@ GRAM_ERRORS = [
     ),
     ({"grads": torch.zeros(2, 4, 5, dtype=torch.int64)}, TypeError, "grads must be float32, .* got torch.int64"),
     ({"grads": [torch.zeros(4, 5).to_sparse()] * 2}, TypeError, r"grads\[0\] must be dense, got torch.sparse_coo"),
+    ({"grads": torch.zeros(2, 4, 5).double()}, TypeError, "grads must be float32 or narrower with a float32 factor"),
     ({"grads": 3}, TypeError, "grads must be a tensor or a list of tensors, got int"),
     ({"factor_Bpp": torch.zeros(2, 4, 4, device="meta")}, ValueError, "grads must be on meta, got cpu"),
     ({"factor_Bpp": torch.zeros(2, 4, 4).mT[:, ::2]}, ValueError, "factor_Bpp must have shape"),

@@ -194,6 +194,42 @@ def test_indefinite_falls_back_cpp(impl):
 
 
 @needs_cpp
+@pytest.mark.parametrize("method", ["eigh", "rational"])
+def test_eigh_is_tried_again_in_double_cpp(method):
+    """Finite in float32, but its largest eigenvalue, 4e38, is not: only float64 has it. So with the one beside it."""
+    A = torch.tensor([[[3e38, 1e38], [1e38, 3e38]], [[3.0, 1.0], [1.0, 3.0]]])
+    found = inverse_root(A, ridge=1e-4, method=method, impl="cpp")
+    assert found.status.tolist() == [FELL_BACK, COMPUTED]
+    assert rel_err(found.root[0], truth(A[0], ridge=1e-4)) < 1e-5
+
+
+def test_eigh_that_does_not_converge(monkeypatch):
+    """In float32: float64 is asked. In both: the old root stays, the failure is counted, and nothing is raised."""
+    plain = torch.linalg.eigh
+    refused: list[torch.dtype] = []
+
+    def stubborn(A, UPLO="L"):
+        if A.dtype in refused:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return plain(A, UPLO=UPLO)
+
+    monkeypatch.setattr(torch.linalg, "eigh", stubborn)
+    G = torch.randn(2, 5, 9)
+    A = symmetric(G @ G.mT)
+    want = truth(A, ridge=1e-3)
+    for dtype, status in ((torch.float32, COMPUTED), (torch.float64, FAILED)):
+        refused.append(dtype)
+        out, failures = torch.full_like(A, 7.0), torch.zeros(2, dtype=torch.int32)
+        found = inverse_root(A, ridge=1e-3, method="eigh", out=out, failures=failures, impl="reference")
+        assert found.status.tolist() == [status] * 2
+        assert failures.tolist() == [int(status == FAILED)] * 2
+        if status == FAILED:
+            assert torch.equal(out, torch.full_like(A, 7.0))
+        else:
+            assert rel_err(out, want) < 1e-5
+
+
+@needs_cpp
 def test_residual_bound_cpp(factors):
     """A bound that partial fractions cannot meet sends a block to eigh."""
     A = factors["geometric 1e4"][None]

@@ -343,17 +343,17 @@ def test_one_sided_takes_one_side():
         {"side": "both", "grafting": "none"},
         {"grafting": "adam", "precondition_frequency": 2},
         {"accumulation": "kl", "side": "both"},
-        {"start_step": 3, "block_size": 8, "grafting": "sgd"},
+        {"start_step": 2, "block_size": 8, "grafting": "sgd"},
     ],
     ids=str,
 )
 def test_no_value_is_read(options):
     """Tensors without values: whatever a step asks of them beside shapes raises. Counters are read at `check_every`."""
     parameters = [nn.Parameter(torch.empty(shape, device="meta")) for shape in [(12, 20), (12, 20), (20, 12)]]
-    optimizer = Shampoo(parameters, check_every=6, impl="reference", **options)
+    optimizer = Shampoo(parameters, check_every=3, impl="reference", **options)
     for p in parameters:
         p.grad = torch.empty_like(p)
-    for _ in range(5):
+    for _ in range(2):
         optimizer.step()
     with pytest.raises((RuntimeError, NotImplementedError), match=r"meta|pin"):
         optimizer.step()

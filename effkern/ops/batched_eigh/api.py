@@ -30,16 +30,16 @@ class BatchedEigh(NamedTuple):
 def batched_eigh(matrices: Tensor, *, method: str = "auto", impl: str = "auto") -> BatchedEigh:
     """A = Q diag(w) Q^T for every symmetric A of a batch, at the cost of one call.
 
-    Backward error and loss of orthogonality, |A - Q diag(w) Q^T| / |A| and |Q^T Q - I|, both in the Frobenius norm, stay
-    below 4 n eps; tests hold it on clustered, rank-deficient, graded and scaled matrices. On positive definite
+    Backward error and loss of orthogonality, |A - Q diag(w) Q^T| / |A| and |Q^T Q - I|, both in the Frobenius norm,
+    stay below 4 n eps; tests hold it on clustered, rank-deficient, graded and scaled matrices. On positive definite
     matrices D H D with H well conditioned Jacobi also keeps the relative accuracy of the small eigenvalues.
     No matrix disturbs another, and none raises: NaN and infinity give NaN and status 1. The sign of a vector, and the
     basis of an eigenvalue that comes several times, are free.
 
     Args:
         matrices: [..., n, n], float32 or float64. Only the lower triangle is read. Gets no gradient.
-        method: "jacobi" (cyclic Jacobi, n <= 128: some matrices per CPU thread, one block per matrix on a GPU), "lapack"
-            (CPU: syevd, one matrix per thread; GPU: torch.linalg.eigh) or "auto": what is faster for this n.
+        method: "jacobi" (cyclic Jacobi, n <= 128: some matrices per CPU thread, one block per matrix on a GPU),
+            "lapack" (CPU: syevd, one matrix per thread; GPU: torch.linalg.eigh) or "auto": the faster for this n.
         impl: "auto", "cpp", "cuda" or "reference" (torch.linalg.eigh).
 
     Returns:

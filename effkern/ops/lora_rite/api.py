@@ -1,6 +1,6 @@
 """lora_rite_step_: one step of LoRA-RITE for groups of factors; lora_rite_rebuild_: bases of factors as they are."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,12 +9,11 @@ from torch import Tensor
 from effkern.ops.lora_rite import stages
 from effkern.ops.lora_rite.group import OP, RiteGroup, check_grads
 from effkern.ops.lora_rite.reference import RiteOptions
-from effkern.ops.lora_rite.stages import Products
+from effkern.ops.lora_rite.stages import Products, Reduce
 from effkern.ops.lora_rite.subset import put_back, subset
 from effkern.ops.lora_rite.terms import terms_of
 
 Rate = float | Tensor
-Reduce = Callable[[RiteGroup, Tensor], Tensor]
 
 
 @torch.no_grad()
@@ -37,15 +36,16 @@ def lora_rite_step_(
 
     Args:
         groups: of `new_group`, after `lora_rite_rebuild_`. Factors, moments and all state are written in place.
-        grads: for each group one gradient per factor, of the factor's shape; other dtypes and layouts are copied. A pair
-            with None is left out of this step: its state and step count stay.
+        grads: for each group one gradient per factor, of the factor's shape; other dtypes and layouts are copied. A
+            pair with None is left out of this step: its state and step count stay.
         lrs: for each group a number, or a tensor on the groups' device: 0-d, or [F], a rate per factor.
         options: of each group; all share clip_grad and skip_rms.
         grad_scale: 0-d, what gradients are to be multiplied with (1 / the loss scale).
         found_inf: 0-d or [1]; not 0: nothing is written.
-        reduce: called with (group, x) for every sum over rows, x [F, ...] float64 with the factors of that group: returns
-            the sum over all processes that hold rows of them. A group's `rows` must then be those of all processes.
-        impl: "auto", "cpp" (CPU, float32), "triton" (CUDA, float32), "plain" (any device, float32 and float64).
+        reduce: called with (group, x) for every sum over rows, x [F, ...] float64 with the factors of that group; it
+            returns the sum over all processes that hold rows of them. A group's `rows` must be those of all processes.
+        impl: "auto", "cpp" (CPU, float32), "triton" (CUDA, float32, r <= 16; r x r work by effkern._C_cuda where it is
+            built), "plain" (any device, float32 and float64).
 
     Returns:
         0-d float64: squared norm of all unmagnified gradients before clipping. Not finite: the step was skipped, and
@@ -57,8 +57,8 @@ def lora_rite_step_(
         NotImplementedError: impl does not cover the device or the dtype.
 
     Memory: r x r matrices, and tiles; with impl="plain" copies of one factor. Deterministic: "cpp" gives the same bits
-    whatever the number of threads. No host read on CUDA; with "triton" five launches per group, addresses go to the device
-    when they change, so that a CUDA graph can hold the step.
+    whatever the number of threads. No host read on CUDA; with "triton" and effkern._C_cuda five launches per group;
+    addresses go to the device when they change, so that a CUDA graph can hold the step.
     Source: see reference.rite_step; the whitened Gram form is our own.
     """
     if not len(groups) == len(grads) == len(lrs) == len(options):
@@ -82,12 +82,9 @@ def lora_rite_step_(
     grams, traces = [], []
     for part, given, _, terms in parts:
         group = part.group
-        # The gradient of a factor is unmagnified by the other factor's basis.
-        h = stages.gram(given, group.wide, stages.plain.other(group.whiten), impl=impl)
-        h = h if reduce is None else reduce(group, h)
-        h = h if scale is None else h * scale.square()
+        h, trace = stages.unmagnified(group, given, terms.skip_rms, scale, reduce, impl)
         grams.append(h)
-        traces.append(stages.traces(group, h, terms.skip_rms))
+        traces.append(trace)
     # Pairs of one model may live on several devices; the clip looks at all of them.
     all_traces = torch.cat([x.to(traces[0].device) for x in traces]) if len(traces) > 1 else traces[0]
     if found_inf is not None:
@@ -98,11 +95,7 @@ def lora_rite_step_(
         group = part.group
         seen = all_traces.to(group.whiten.device)
         update = stages.precondition_(group, h, seen, rates, scale, terms, impl)
-        lists = (group.factors, group.moments, given, group.wide)
-        products = stages.update_(*lists, update, group.whiten, group.exact, impl=impl)
-        if reduce is not None:
-            products = Products(*(reduce(group, x) for x in products))
-        stages.rebase_(group, products, update.gate, terms.tolerance, impl)
+        stages.advance_(group, given, update, terms.tolerance, reduce, impl)
         put_back(part)
         gate = update.gate
     return gate

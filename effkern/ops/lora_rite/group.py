@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 OP = "lora_rite"
-MAX_RANK = 128
+MAX_RANK = 4096
 DTYPES = (torch.float32, torch.float64)
 STATE = ("moments", "whiten", "second", "transport", "escaped", "steps", "exact")
 

@@ -25,10 +25,8 @@ _SCHEMAS = {
         "(Tensor grams, Tensor crosses, Tensor sizes, Tensor? gate, Tensor(a!) whiten, Tensor(b!) transport, "
         "Tensor(c!) exact, bool single, float tolerance) -> ()"
     ),
-    # CUDA alone: sums per tile of the Triton kernels, [tiles, width]; those of factor f are in [first[f], first[f + 1]).
-    "reduce": (
-        "(Tensor partial, Tensor first, Tensor rows, int rank, float skip_rms) -> (Tensor sums, Tensor traces)"
-    ),
+    # CUDA alone: sums per tile of the Triton kernels, [tiles, width]; factor f's are in [first[f], first[f + 1]).
+    "reduce": ("(Tensor partial, Tensor first, Tensor rows, int rank, float skip_rms) -> (Tensor sums, Tensor traces)"),
     "rebase_tiles_": (
         "(Tensor partial, Tensor first, Tensor gate, Tensor(a!) whiten, Tensor(b!) transport, Tensor(c!) exact, "
         "bool single, float tolerance) -> ()"

@@ -8,17 +8,24 @@
 A process that holds some of the rows adds up what gram and update_ return over all processes, and goes on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from effkern import native
 from effkern.ops import registry
 from effkern.ops.lora_rite import plain
 from effkern.ops.lora_rite import schema as schema
 from effkern.ops.lora_rite.group import OP, RiteGroup
 from effkern.ops.lora_rite.terms import Terms
+
+Reduce = Callable[[RiteGroup, Tensor], Tensor]
+CUDA_RANK = 128
+"""Largest rank of the r x r kernels on CUDA; above it they are plain, with torch's eigensolver."""
+TRITON_RANK = 16
+"""Largest rank of the Triton kernels; above it "auto" means plain products on CUDA."""
 
 
 class Update(NamedTuple):
@@ -44,14 +51,26 @@ class Products(NamedTuple):
     """Square of X's norm, [F]."""
 
 
-def choose(impl: str, like: Tensor) -> str:
+def choose(impl: str, like: Tensor, rank: int) -> str:
     """The implementation for tensors like this one; "plain" runs on any device and dtype."""
     name = registry.choose(OP, impl, like.device)
+    if impl == "auto" and name == "triton" and rank > TRITON_RANK:
+        return "plain"
     if like.dtype == torch.float32 and not (impl == "auto" and name == "triton" and like.device.type == "cpu"):
         return name
     if impl not in ("auto", "plain"):
         raise NotImplementedError(f"{OP}: impl={impl!r} takes float32 factors, got {like.dtype}")
     return "plain"
+
+
+def _small_compiled(impl: str, like: Tensor, rank: int) -> bool:
+    """Whether the r x r stages run compiled; impl="triton" without the compiled module takes their plain form."""
+    if impl == "plain" or like.dtype != torch.float32:
+        return False
+    choose(impl, like, rank)
+    if like.device.type == "cuda" and rank > CUDA_RANK:
+        return False
+    return native.load("_C_cuda" if like.device.type == "cuda" else "_C") is None
 
 
 def gram(
@@ -66,7 +85,7 @@ def gram(
 
     Memory: F r^2, and a tile per thread; the CUDA kernels' partial sums. Deterministic, whatever the threads.
     """
-    chosen = choose(impl, tensors[0])
+    chosen = choose(impl, tensors[0], tensors[0].shape[0 if wide[0] else 1])
     if chosen == "cpp":
         return torch.ops.effkern.lora_rite_gram(list(tensors), list(wide), whiten)
     if chosen == "triton":
@@ -88,8 +107,7 @@ def precondition_(
     """
     like = group.factors[0]
     state = (group.whiten, group.second, group.transport, group.escaped, group.steps)
-    chosen = choose(impl, like)
-    if chosen == "plain":
+    if not _small_compiled(impl, like, group.rank):
         return Update(
             *plain.precondition_(grams, all_traces, group.rows, lr, grad_scale, *state, terms)
         )  # fmt: skip
@@ -104,7 +122,7 @@ def update_(
 ) -> Products:  # fmt: skip
     """M <- M carry + G take and X <- shrink X - M apply for each factor, in one pass over X, M and G."""
     arguments = (*update, whiten, exact)
-    chosen = choose(impl, factors[0])
+    chosen = choose(impl, factors[0], whiten.shape[-1])
     if chosen == "cpp":
         lists = (list(factors), list(moments), list(grads), list(wide))
         return Products(*torch.ops.effkern.lora_rite_update_(*lists, *arguments))
@@ -119,10 +137,53 @@ def rebase_(group: RiteGroup, products: Products, gate: Tensor | None, tolerance
     """whiten, transport and exact of the factors as they are now."""
     single = group.factors[0].dtype == torch.float32
     arguments = (*products, gate, group.whiten, group.transport, group.exact, single, tolerance)
-    if choose(impl, group.factors[0]) == "plain":
-        plain.rebase_(*arguments)
-    else:
+    if _small_compiled(impl, group.factors[0], group.rank):
         torch.ops.effkern.lora_rite_rebase_(*arguments)
+    else:
+        plain.rebase_(*arguments)
+
+
+def unmagnified(
+    group: RiteGroup,
+    grads: Sequence[Tensor],
+    skip_rms: float,
+    grad_scale: Tensor | None = None,
+    reduce: Reduce | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Gram matrices of the gradients unmagnified by the other factors' bases, and `traces` of them."""
+    if choose(impl, group.factors[0], group.rank) == "triton" and grad_scale is None and reduce is None:
+        from effkern.ops.lora_rite import triton
+
+        found = triton.unmagnified(grads, group.wide, group.whiten, group.rows, skip_rms)
+        if found is not None:
+            return found
+    h = gram(grads, group.wide, plain.other(group.whiten), impl=impl)
+    h = h if reduce is None else reduce(group, h)
+    h = h if grad_scale is None else h * grad_scale.square()
+    return h, traces(group, h, skip_rms)
+
+
+def advance_(
+    group: RiteGroup,
+    grads: Sequence[Tensor],
+    update: Update,
+    tolerance: float,
+    reduce: Reduce | None = None,
+    impl: str = "auto",
+) -> None:
+    """update_ and rebase_ of a group, with the sums over rows in between."""
+    lists = (group.factors, group.moments, grads, group.wide)
+    if choose(impl, group.factors[0], group.rank) == "triton" and reduce is None:
+        from effkern.ops.lora_rite import triton
+
+        single = group.factors[0].dtype == torch.float32
+        if triton.advance_(*lists, update, group.whiten, group.transport, group.exact, single, tolerance):
+            return
+    products = update_(*lists, update, group.whiten, group.exact, impl=impl)
+    if reduce is not None:
+        products = Products(*(reduce(group, x) for x in products))
+    rebase_(group, products, update.gate, tolerance, impl)
 
 
 def traces(group: RiteGroup, grams: Tensor, skip_rms: float) -> Tensor:

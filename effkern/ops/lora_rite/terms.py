@@ -5,7 +5,7 @@ from typing import NamedTuple
 from effkern.ops.lora_rite.reference import RiteOptions
 
 EQUILIBRATED = 1e-5
-"""Least square of a Cholesky pivot, as a share of its diagonal element, that a float32 Gram matrix can be trusted with."""
+"""Least square of a Cholesky pivot, as a share of its diagonal element, that a float32 Gram matrix is trusted with."""
 
 
 class Terms(NamedTuple):
@@ -25,7 +25,8 @@ class Terms(NamedTuple):
 
 def terms_of(options: RiteOptions) -> Terms:
     return Terms(
-        *(float(beta) for beta in options.betas),
+        float(options.betas[0]),
+        float(options.betas[1]),
         float(options.eps),
         float(options.weight_decay),
         float(options.clip_grad),

@@ -34,7 +34,7 @@ def gram_ema_(
     Args:
         factor_Bpp: L, [B, p, p], contiguous; float32, or float64 for impl "reference" and "cpp". Written.
         grads: B matrices [m, n] of one shape, as a list or as one [B, m, n], any strides: with p = m on the left and
-            p = n on the right. float32, bfloat16, float16 or float64. Not written.
+            p = n on the right. float32, bfloat16, float16, or float64 with a float64 factor. Not written.
         side: "left" or "right".
         decay, weight: finite, >= 0.
         failures: int32 [B] on the device, or None. Written.
@@ -65,14 +65,14 @@ def gram_ema_(
             rule = f"have {p} {'rows' if left else 'columns'} for side={side!r}"
             raise ValueError(f"{OP}: grads must {rule}, got {tuple(blocks[0].shape)}")
         checks.same_device(OP, "grads", blocks[0], factor_Bpp)
+        if factor_Bpp.dtype == torch.float32 and blocks[0].dtype == torch.float64:
+            raise TypeError(f"{OP}: grads must be float32 or narrower with a float32 factor, got torch.float64")
     name = choose(OP, impl, factor_Bpp)
     if batch == 0 or p == 0:
         return
     if name == "reference":
         reference.gram_ema_(factor_Bpp, blocks, left, decay, weight, failures)
         return
-    if factor_Bpp.dtype == torch.float32 and blocks[0].dtype == torch.float64:
-        raise TypeError(f"{OP}: grads must be float32 or narrower with a float32 factor, got torch.float64")
     ops = torch.ops.effkern
     operator = ops.shampoo_gram_ema_ if name == "cpp" else ops.shampoo_triton_gram_ema_
     operator(factor_Bpp, blocks, left, decay, weight, failures)

@@ -74,12 +74,23 @@ def inverse_root_(
 def _eigh_root(A: Tensor, exponent: float, ridge: float, pseudo_inverse: float) -> Tensor:
     """Q f(lambda) Q^T with f = (max(lambda, 0) + ridge lambda_max)^exponent, from A's lower triangle."""
     dtype = A.dtype
-    lam, Q = torch.linalg.eigh(A.double() if ridge < LEAST_SINGLE_RIDGE else A, UPLO="L")
+    lam, Q = _eigh(A.double() if ridge < LEAST_SINGLE_RIDGE else A)
     lam, top = lam.clamp_min(0.0), lam[:, -1:].clamp_min(0.0)
     f = (lam + ridge * top).clamp_min(torch.finfo(dtype).tiny) ** exponent
     if pseudo_inverse >= 0.0:
         f = torch.where(lam <= pseudo_inverse * top, 0.0, f)
     return ((Q * f[:, None, :]) @ Q.mT).to(dtype)
+
+
+def _eigh(A: Tensor) -> tuple[Tensor, Tensor]:
+    """Again in float64 where the iteration does not converge, and then NaN: no matrix may end a run."""
+    for matrices in (A, A.double()):
+        try:
+            lam, Q = torch.linalg.eigh(matrices, UPLO="L")
+            return lam, Q
+        except torch.linalg.LinAlgError:
+            continue
+    return torch.full_like(A[:, 0], float("nan")), torch.full_like(A, float("nan"))
 
 
 def _rational_root(

@@ -60,7 +60,7 @@ def inverse_root(
       gram_ns         -1/2. The same polynomials on R alone; needs float32-class products.
       coupled_newton  -1/p.
     "auto": rational where the exponent allows it and ridge >= 1e-7, for Triton polar_express and coupled_newton; else
-    eigh, as for a pseudo-inverse.
+    eigh, as for a pseudo-inverse. Errors of each: python -m benchmarks.ops.shampoo_precision.
 
     A block is checked by its residual with a fixed vector v of +-1: |X^p A v - v| <= residual_bound |v|, with A the
     matrix in the parentheses; X applied p times. If that or a step of the method fails, the block is computed by eigh
@@ -88,8 +88,11 @@ def inverse_root(
         TypeError: wrong dtype or type.
         NotImplementedError: impl does not cover the device, dtype or method.
 
-    Memory: on the CPU three matrices per thread; iterations keep six batches. No host synchronisation but in eigh on
-    CUDA, which is the library's. Deterministic.
+    Memory: on the CPU three matrices per thread, for eigh five, of which two may be float64; iterations keep six
+    batches. No host synchronisation but in eigh on CUDA, which is the library's. Deterministic.
+
+    There is no warm start: a root of the factor before does not commute with the new one, so that Newton's step from it
+    diverges and the coupled pair of C converges to C (A C)^(-1/2) (python -m benchmarks.ops.shampoo_precision --warm).
     Source: the methods' own; Zolotarev 1877 as in Hale, Higham, Trefethen 2008 (SIAM J. Numer. Anal. 46).
     """
     checks.square(OP, "factor_Bpp", factor_Bpp)

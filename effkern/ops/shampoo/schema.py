@@ -27,6 +27,8 @@ _SCHEMAS = {
 
 # Whether the CPU kernels use their own AVX-512 tiles (False: the library's products); returns what was before.
 _library.define("shampoo_tiles(bool wanted) -> bool")
+# Whether this libtorch brings the LAPACK and BLAS routines that the CPU kernels call.
+_library.define("shampoo_lapack() -> bool")
 
 
 def _fake_gram_ema_(factor, grads, left, decay, weight, failures) -> None:
@@ -71,5 +73,18 @@ for _name, _fake in (
     for _op in (f"effkern::shampoo_{_name}", f"effkern::shampoo_triton_{_name}"):
         torch.library.register_fake(_op, _fake, lib=_library)
 
+
+def _cpp() -> registry.Implementation:
+    compiled = registry.cpp()
+
+    def unavailable(device: torch.device) -> str | None:
+        reason = compiled.unavailable(device)
+        if reason is None and not torch.ops.effkern.shampoo_lapack():
+            return "this libtorch has no LAPACK"
+        return reason
+
+    return registry.Implementation(compiled.name, unavailable)
+
+
 for _name in ("shampoo_gram_ema_", "shampoo_inverse_root", "shampoo_apply_"):
-    registry.register(_name, registry.cpp(), registry.triton(), registry.reference())
+    registry.register(_name, _cpp(), registry.triton(), registry.reference())

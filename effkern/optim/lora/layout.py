@@ -118,8 +118,18 @@ class RowSums:
         self.groups = [mesh.get_group(d) for d in shared]
         first = {d: mesh.get_local_rank(d) == 0 for d in shared}
         # A factor that is whole on several processes is counted by the first of them alone.
+        self.device = factors[0].device
         self.kept: dict[tuple[bool, ...], Tensor] = {}
         self.counts = {id(f): all(c[d] or first[d] for d in shared) for f, c in zip(factors, cut)}
+
+    def anywhere(self, here: list[bool]) -> list[bool]:
+        """Which of these hold on any process; for all of them to call."""
+        import torch.distributed as dist
+
+        found = torch.tensor(here, dtype=torch.float32, device=self.device)
+        for processes in self.groups:
+            dist.all_reduce(found, group=processes)
+        return (found > 0).tolist()
 
     def __call__(self, group: RiteGroup, x: Tensor) -> Tensor:
         import torch.distributed as dist

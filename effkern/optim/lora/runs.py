@@ -10,6 +10,7 @@ from torch import Tensor
 from effkern.ops import registry
 from effkern.ops.lora_rite import RiteGroup, gram
 from effkern.ops.lora_rite.group import MAX_RANK, OP
+from effkern.ops.lora_rite.stages import choose
 from effkern.optim.lora.layout import Layout, RowSums, compute_dtype, layout_of, local_of, mesh_of
 from effkern.optim.lora.pairs import LoraPair
 
@@ -29,8 +30,8 @@ def no_kernel(rank: int, like: Tensor) -> str | None:
             return "the C++ kernels are missing (effkern doctor says why)"
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"effkern::{OP}_gram", "CPU"):
             return f"effkern._C was built without {OP}"
-    elif registry.choose(OP, "auto", like.device) == "plain":
-        return f"no kernel runs on {like.device}"
+    elif choose("auto", like.new_empty(0, dtype=torch.float32), rank) == "plain":
+        return f"no kernel of rank {rank} runs on {like.device}"
     return None
 
 
@@ -54,6 +55,11 @@ class Run:
     def __post_init__(self) -> None:
         self.params = [layout.param for layout in self.layouts]
         self.locals = [local_of(layout.param) for layout in self.layouts]
+        # Some process has no row of some factor, which the kernels do not take. Then no process may use them: they add
+        # up sums in the bases that each has found for itself, and two solvers find the same up to signs alone.
+        self.empty = any(x.numel() == 0 for x in self.group.factors)
+        if self.sums is not None:
+            (self.empty,) = self.sums.anywhere([self.empty])
         # A gradient of such a factor is the matrix that the kernels read, or its transpose.
         self.turned = [(x.rank_dim == 0) != x.wide for x in self.layouts]
         self.direct = all(x.placements is None and x.param.dim() == 2 for x in self.layouts)
@@ -67,7 +73,7 @@ class Run:
     @property
     def impl(self) -> str:
         """Where the kernels cannot go, the plain form of the same steps."""
-        return "plain" if self.group.rank > MAX_RANK or any(x.numel() == 0 for x in self.group.factors) else "auto"
+        return "plain" if self.group.rank > MAX_RANK or self.empty else "auto"
 
 
 def new_state(layout: Layout, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -205,10 +211,16 @@ def fresh_factors(run: Run, impl: str) -> list[int]:
 
 
 def stale_masters(run: Run) -> list[int]:
-    """Factors whose parameter is not the rounded master: somebody else has written it."""
-    found = []
-    for i in run.masters:
-        param = local_of(_on_step_placements(run.layouts[i]))
-        if not torch.equal(local_of(run.masters[i]).to(param.dtype), param):
-            found.append(i)
-    return found
+    """Factors whose parameter is not the rounded master, on any process: somebody else has written it."""
+    if not run.masters:
+        return []
+    stale = []
+    for i, layout in enumerate(run.layouts):
+        if i not in run.masters:
+            stale.append(False)
+            continue
+        param = local_of(_on_step_placements(layout))
+        stale.append(not torch.equal(local_of(run.masters[i]).to(param.dtype), param))
+    if run.sums is not None:
+        stale = run.sums.anywhere(stale)
+    return [i for i, it_is in enumerate(stale) if it_is]
