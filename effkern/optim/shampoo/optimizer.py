@@ -292,7 +292,7 @@ class Shampoo(torch.optim.Optimizer):
         groups = saved["param_groups"]
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
             return
-        check_groups(self.param_groups, groups)
+        check_groups(self.defaults, groups)
         for number, (own, other) in enumerate(zip(self.param_groups, groups)):
             for i, (parameter, key) in enumerate(zip(own["params"], other["params"])):
                 ours, state = self.uses_shampoo(other, parameter), saved["state"].get(key, {})
