@@ -36,11 +36,13 @@ def test_adamw_gradients_that_are_not_finite():
 
 
 def test_adamw_gradients_that_stay_infinite_stop_the_run():
-    """By the name of the one that does; absent gradients do not count."""
+    """By the name of the one that does; a finite one ends the count, an absent one does not count."""
     good, bad = weight(6), weight(3)
     optimizer = Shampoo([("good", good), ("bad", bad)], max_failures=2)
     with pytest.warns(RuntimeWarning, match="gradient of bad is not finite"):
         step(optimizer, torch.randn(6), torch.full((3,), math.nan))
+    step(optimizer, torch.randn(6), torch.randn(3))
+    step(optimizer, torch.randn(6), torch.full((3,), math.nan))
     step(optimizer, torch.randn(6), None)
     with pytest.raises(RuntimeError, match=r"AdamW's gradient of bad must be finite, got 2 failures in a row"):
         step(optimizer, torch.randn(6), torch.full((3,), math.nan))

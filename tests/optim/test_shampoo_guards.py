@@ -21,6 +21,20 @@ def step(optimizer, *grads):
     optimizer.step()
 
 
+@pytest.mark.parametrize("grafting", ["sgd", "adam", "none"])
+def test_zero_gradients_under_every_grafting(grafting):
+    """No 0/0 where the direction has no length: the weight stays, and the next step is finite."""
+    unused, used = weight(4, 6), weight(4, 6)
+    optimizer = Shampoo([unused, used], lr=0.1, side="both", grafting=grafting)
+    start = unused.detach().clone()
+    for _ in range(2):
+        step(optimizer, torch.zeros(4, 6), torch.randn(4, 6))
+    assert torch.equal(unused, start)
+    step(optimizer, torch.randn(4, 6), torch.zeros(4, 6))
+    assert unused.isfinite().all()
+    assert (unused != start).all()
+
+
 def test_zero_gradient_blocks():
     """Unused weights: no 0/0, no movement, no failure; the same block learns when its gradient comes."""
     unused, used = weight(4, 6), weight(4, 6)

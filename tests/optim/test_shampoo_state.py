@@ -140,6 +140,8 @@ def test_the_group_of_a_saved_state_decides():
 def test_a_state_before_the_first_step():
     w, v = parameters(), parameters()
     second = Shampoo(v, lr=3.0)
+    # A scheduler's own entries are no options.
+    second.param_groups[0]["initial_lr"] = 3.0
     second.load_state_dict(Shampoo(w, lr=0.1).state_dict())
     first = Shampoo(w, lr=0.1)
     run(first, 0, 2)

@@ -78,7 +78,7 @@ class Shampoo(torch.optim.Optimizer):
 
     State: momentum (second moment) in float32 and 2 p^2 float32 per block and side; float64 for float64 parameters.
     Frozen parameters have none. Memory beside it: at most one batch of blocks of one shape with grafting "none" and
-    "rms", two with "kl", up to nine with the other graftings, before start_step, and for shards (docs/shampoo.md).
+    "rms", two with "kl", up to eight with the other graftings, before start_step, and for shards (docs/shampoo.md).
     Parameters may change their strides between steps: the state follows, but for right factors that are cut, of a
     weight of three or more dimensions. DTensors may be cut along one mesh dimension by Shard. Deterministic.
 
@@ -292,7 +292,7 @@ class Shampoo(torch.optim.Optimizer):
         groups = saved["param_groups"]
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
             return
-        check_groups(self.param_groups, groups)
+        check_groups(self.defaults, groups)
         for number, (own, other) in enumerate(zip(self.param_groups, groups)):
             for i, (parameter, key) in enumerate(zip(own["params"], other["params"])):
                 ours, state = self.uses_shampoo(other, parameter), saved["state"].get(key, {})

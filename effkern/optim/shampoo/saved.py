@@ -1,6 +1,6 @@
 """What a saved state must look like to be taken over, and the order of columns that its right factors are in."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -34,10 +34,10 @@ def state_keys(group: dict[str, Any]) -> list[str]:
     return [key for key, holds in used.items() if holds]
 
 
-def check_groups(own: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]]) -> None:
+def check_groups(options: Iterable[str], saved: Sequence[dict[str, Any]]) -> None:
     """Raises ValueError where options are missing or break a rule; counts of parameters are torch's to compare."""
-    for number, (group, other) in enumerate(zip(own, saved)):
-        missing = sorted(group.keys() - other.keys() - {"param_names"})
+    for number, other in enumerate(saved):
+        missing = sorted(set(options) - other.keys())
         if missing:
             raise ValueError(f"Shampoo: saved group {number} must have Shampoo's options, got none for {missing}")
         check_group(dict(other), warn=False)
