@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from effkern.ops.lora_rite import RiteOptions, gram, lora_rite_step_
+from effkern.ops.lora_rite import RiteOptions, gram, lora_rite_rebuild_, lora_rite_step_, new_group
 from tests.ops.lora_rite_cases import (
     Problem,
     group_grads,
@@ -70,6 +70,30 @@ def test_the_second_look_is_a_sum_over_all_processes(impl):
             assert (last[1] == 0).all()
             # The next step is an ordinary one.
             group.exact.zero_()
+
+
+@pytest.mark.parametrize(("impl", "dtype", "bound"), [("cpp", torch.float32, 2e-6), ("plain", torch.float64, 1e-13)])
+def test_rebuild_between_steps_keeps_the_moments(impl, dtype, bound):
+    """Factors of full rank, momentum and second moments in use: new bases are other coordinates, and nothing else."""
+    problem, options = make(), RiteOptions(escaped_mass=True)
+    start = products(problem.factors())
+    groups = [group_of(problem, dtype, options, impl) for _ in range(2)]
+    for _ in range(6):
+        for group in groups:
+            lora_rite_step_([group], [group_grads(problem, group)], [1e-2], [options], impl=impl)
+        lora_rite_rebuild_(groups[1], options, impl=impl)
+    one, two = (products(tall_factors(group)) for group in groups)
+    assert (one - two).norm() <= bound * (one - start).norm()
+
+
+@pytest.mark.parametrize("overlap", ["the same", "a part"])
+def test_factors_that_share_memory_are_refused(overlap):
+    memory = torch.randn(200)
+    shared = memory[:60].view(20, 3) if overlap == "the same" else memory[59:119].view(20, 3)
+    with pytest.raises(ValueError, match=r"not share memory, got factors\[0\] and factors\[3\]"):
+        new_group([memory[:60].view(20, 3), torch.randn(3, 9), torch.randn(3, 9), shared], [False, True, True, False])
+    # Neighbours in one buffer share nothing.
+    new_group([memory[:60].view(20, 3), memory[60:120].view(20, 3)], [False, False])
 
 
 SCALES = [2.0**-60, 2.0**-76, 2.0**-110, 2.0**70, 2.0**100]
