@@ -97,7 +97,8 @@ def optim_steps(pytest: list[str]) -> list[Step]:
         command = [PYTHON, "-m", "benchmarks.ops.lora_rite", "--device=cuda", "--rounds=9", "--json", *options.split()]
         found.append(Step(f"lora_rite {options}", command, 45, lines=True))
     command = [PYTHON, "-m", "benchmarks.ops.batched_eigh", "--device=cuda", "--rounds=5", "--json"]
-    return [*found, Step("batched_eigh", command, 45, lines=True)]
+    roots = [PYTHON, "-m", "benchmarks.ops.shampoo_gpu", "--json"]
+    return [*found, Step("batched_eigh", command, 30, lines=True), Step("shampoo roots", roots, 30, lines=True)]
 
 
 def speed_steps() -> list[Step]:

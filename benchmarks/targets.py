@@ -5,7 +5,8 @@ Each [[target]] of targets.toml is one ratio:
     name, why       what a reader is told
     benchmark       the name in the result lines
     case            fields of the case, each one value or a list of them; every measured case that fits is held
-    variant, over   sums of `metric` (wall, cpu, peak_mib ...) over these variants, whose ratio is the figure
+    variant, over   sums of `metric` (wall, cpu, peak_mib ...) over these variants, whose ratio is the figure; without
+                    `over` the first sum is
     metric          "wall" unless said
     at_most         or at_least: the bound
 
@@ -34,7 +35,7 @@ class Target:
     why: str
     benchmark: str
     variant: tuple[str, ...]
-    over: tuple[str, ...]
+    over: tuple[str, ...] = ()
     case: dict[str, Any] = field(default_factory=dict)
     metric: str = "wall"
     at_most: float | None = None
@@ -73,7 +74,7 @@ class Finding:
 def read(path: Path = PATH) -> list[Target]:
     targets = []
     for row in read_toml(path)["target"]:
-        for name in ("variant", "over"):
+        for name in {"variant", "over"} & row.keys():
             row[name] = tuple(row[name]) if isinstance(row[name], list) else (row[name],)
         targets.append(Target(**row))
     return targets
@@ -110,7 +111,7 @@ def findings(targets: Iterable[Target], cases: Cases) -> Iterator[Finding]:
                 return sum(variants[name].get(metric, float("nan")) for name in names)
 
             measured = True
-            yield Finding(target, case, total(target.variant) / total(target.over))
+            yield Finding(target, case, total(target.variant) / (total(target.over) if target.over else 1.0))
         if not measured:
             yield Finding(target, target.case, None)
 

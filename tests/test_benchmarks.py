@@ -44,6 +44,7 @@ def test_bounds_from_below_and_numbers_that_are_none():
         1: (pytest.approx(1 / 3), "MISSED"), 8: (0.4, "met"),
     }  # fmt: skip
     assert [verdict for _, verdict in figures(target(metric="peak_mib")).values()] == ["MISSED", "MISSED"]
+    assert figures(target(over=(), at_most=4.0)) == {1: (3.0, "met"), 8: (5.0, "MISSED"), 9: (1.0, "met")}
     with pytest.raises(ValueError, match="'t' must have one of at_most and at_least"):
         target(at_least=1.0)
 

@@ -134,7 +134,7 @@ def measure(decoder: Decoder, ridge: float, rounds: int) -> dict[str, list[tuple
 
 
 def rows(found: dict[str, list[tuple[float, float]]]) -> dict[str, dict[str, float]]:
-    """Medians in ms, and the median over rounds of each ratio to the floor of its own round."""
+    """Medians, and the median over rounds of each ratio to the floor of its own round."""
     t = {name: list(pairs) for name, pairs in found.items()}
 
     def add(*terms: tuple[float, str]) -> list[tuple[float, float]]:
@@ -164,9 +164,12 @@ def rows(found: dict[str, list[tuple[float, float]]]) -> dict[str, dict[str, flo
     result = {}
     for name, floor, terms in compared:
         own, base = add(*terms), floors[floor]
+        wall = [w for w, _ in own]
         result[name] = {
-            "wall_ms": 1e3 * statistics.median(w for w, _ in own),
-            "cpu_ms": 1e3 * statistics.median(c for _, c in own),
+            "wall": statistics.median(wall),
+            "wall_low": min(wall),
+            "wall_high": max(wall),
+            "cpu": statistics.median(c for _, c in own),
             "floor_ms": 1e3 * statistics.median(w for w, _ in base),
             "floor_cpu_ms": 1e3 * statistics.median(c for _, c in base),
             "of_floor": statistics.median(a[0] / b[0] for a, b in zip(own, base)),
@@ -197,7 +200,7 @@ def main() -> None:
     print("| what | wall ms | cpu ms | floor ms | of floor | of floor, cpu |", "|---|---|---|---|---|---|", sep="\n")
     for name, r in found.items():
         print(
-            f"| {name} | {r['wall_ms']:.1f} | {r['cpu_ms']:.1f} | {r['floor_ms']:.1f} | {r['of_floor']:.2f} "
+            f"| {name} | {1e3 * r['wall']:.1f} | {1e3 * r['cpu']:.1f} | {r['floor_ms']:.1f} | {r['of_floor']:.2f} "
             f"| {r['of_floor_cpu']:.2f} |"
         )
 

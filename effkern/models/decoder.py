@@ -146,5 +146,5 @@ class Decoder(nn.Module):
         Args:
             policy: what looped stages keep (effkern.models.kv_policy). loops: those of the calls it will be used in.
         """
-        weight = self.embedding.weight
+        weight = next(self.parameters())
         return KVCache(self.config, self.stages(loops), batch, max_len, weight.device, weight.dtype, policy)

@@ -5,6 +5,7 @@ Adapters of PEFT itself need none of this: effkern.optim finds their factors as 
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -16,6 +17,9 @@ ADAPTER = "default"
 
 class LoraLayer(nn.Module):
     """A frozen layer and the two factors of its change; the classes below say how they meet.
+
+    There is no `weight`: code that multiplies by a layer's weight instead of calling the layer would leave out the
+    adapter without a word. `base_layer.weight` is the frozen one, `merged_weight()` the one with the adapter in it.
 
     Parameters: base_layer.*, and lora_A.default.weight [r, ...], lora_B.default.weight [rows, r, ...] (for an
     embedding lora_embedding_A.default [r, rows], lora_embedding_B.default [columns, r]).
@@ -34,8 +38,7 @@ class LoraLayer(nn.Module):
         self._unmerged: Tensor | None = None
 
     @property
-    def weight(self) -> Tensor:
-        """The frozen layer's weight: with the adapter in it while merged."""
+    def _weight(self) -> Tensor:
         return self.base_layer.weight  # type: ignore[return-value]
 
     @property
@@ -54,22 +57,22 @@ class LoraLayer(nn.Module):
     def merge(self) -> None:
         """Add the adapter to the weight; the weight without it is kept for `unmerge`. Nothing where it is merged."""
         if self._unmerged is None:
-            merged, self._unmerged = self.merged_weight(), self.weight.detach().clone()
-            self.weight.copy_(merged)
+            merged, self._unmerged = self.merged_weight(), self._weight.detach().clone()
+            self._weight.copy_(merged)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put the weight back, bit for bit."""
         if self._unmerged is not None:
-            self.weight.copy_(self._unmerged)
+            self._weight.copy_(self._unmerged)
             self._unmerged = None
 
     def merged_weight(self) -> Tensor:
         """The weight with the adapter in it, of the weight's dtype, rounded once."""
         if self._unmerged is not None:
-            return self.weight.detach().clone()
+            return self._weight.detach().clone()
         delta = self.delta()
-        return (self.weight.detach().to(delta.dtype) + delta.detach()).to(self.weight.dtype)
+        return (self._weight.detach().to(delta.dtype) + delta.detach()).to(self._weight.dtype)
 
     def _start(self, generator: torch.Generator | None) -> None:
         """A uniform in +-1 / sqrt(fan in), which is what PEFT's Kaiming start with a = sqrt(5) comes to; B zero."""
@@ -170,7 +173,7 @@ class LoraConv2d(LoraLayer):
 
     def delta(self) -> Tensor:
         A, B = self.factors()
-        return self.scaling * (_wide(B.flatten(1)) @ _wide(A.flatten(1))).view(self.weight.shape)
+        return self.scaling * (_wide(B.flatten(1)) @ _wide(A.flatten(1))).view(self._weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
@@ -210,31 +213,56 @@ def inject_lora(
         Names of the layers with adapters, in the model's order.
 
     Raises:
-        ValueError: a target matches no layer, or one that has an adapter already.
-        TypeError: a target is not a Linear, Embedding or Conv2d.
+        ValueError: a target matches no layer, one that has an adapter already, or one whose weight is another layer's
+            too (a tied head): the adapter would be in one of them, and the merged weight in both.
+        TypeError: a target is not a Linear, Embedding or Conv2d, or is a part of nn.MultiheadAttention, which reads its
+            weight and never calls it. The model is as it was after any of these.
     """
-    chosen = {name: module for name, module in model.named_modules() if _matches(name, targets)}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    chosen = {name: module for name, module in modules.items() if _matches(name, targets)}
     unused = [target for target in targets if not any(_matches(name, [target]) for name in chosen)]
     if unused or not chosen:
-        known = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        known = sorted({name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)})
         raise ValueError(f"inject_lora: targets must name layers of the model, got {unused or targets}; it has {known}")
     made: dict[str, LoraLayer] = {}
-    for name, module in chosen.items():
-        if isinstance(module, LoraLayer) or ".base_layer" in f".{name}":
-            raise ValueError(f"inject_lora: {name} must have no adapter yet, got one; merge it first")
-        wrap = next((wrap for kind, wrap in _LAYERS if isinstance(module, kind)), None)
-        if wrap is None:
-            raise TypeError(f"inject_lora: {name} must be Linear, Embedding or Conv2d, got {type(module).__name__}")
-        r = rank(name) if callable(rank) else rank
-        generator = torch.Generator().manual_seed(_mix(seed, name))
-        made[name] = wrap(module, r, alpha, dropout, rslora, generator)
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for name, module in chosen.items():
+            wrap = _wrapper(model, name, module)
+            r = rank(name) if callable(rank) else rank
+            generator = torch.Generator().manual_seed(_mix(seed, name))
+            made[name] = wrap(module, r, alpha, dropout, rslora, generator)
+    except Exception:
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
+        raise
     model.requires_grad_(False)
     for name, layer in made.items():
         parent, _, child = name.rpartition(".")
+        layer.train(layer.base_layer.training)
         setattr(model.get_submodule(parent), child, layer)
         for factor in layer.factors():
             factor.requires_grad_(True)
     return list(made)
+
+
+def _wrapper(model: nn.Module, name: str, module: nn.Module) -> Callable[..., LoraLayer]:
+    """What puts an adapter on a layer; raises what inject_lora raises where it must have none."""
+    if isinstance(module, LoraLayer) or ".base_layer" in f".{name}":
+        raise ValueError(f"inject_lora: {name} must have no adapter yet, got one; merge it first")
+    wrap = next((wrap for kind, wrap in _LAYERS if isinstance(module, kind)), None)
+    if wrap is None:
+        raise TypeError(f"inject_lora: {name} must be Linear, Embedding or Conv2d, got {type(module).__name__}")
+    parent = name.rpartition(".")[0]
+    if isinstance(model.get_submodule(parent), nn.MultiheadAttention):
+        raise TypeError(
+            f"inject_lora: {name} must be a layer that is called, got a part of MultiheadAttention {parent}"
+        )
+    named = model.named_parameters(remove_duplicate=False)
+    names = [key for key, parameter in named if parameter is module.weight]
+    if len(names) > 1:
+        raise ValueError(f"inject_lora: {name} must have a weight of its own, got one weight for {' and '.join(names)}")
+    return wrap
 
 
 def _mix(seed: int, name: str) -> int:
@@ -312,5 +340,5 @@ def load_lora_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def _plain(key: str) -> str:
-    key = key.replace(f".{ADAPTER}", "")
+    key = re.sub(rf"(\.lora_(embedding_)?[AB])\.{ADAPTER}(?=\.weight$|$)", r"\1", key)
     return key if key.startswith("base_model.model.") else f"base_model.model.{key}"

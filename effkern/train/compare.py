@@ -18,7 +18,7 @@ from effkern.train.step import to_device
 @torch.no_grad()
 def token_losses(model: Decoder, batches: Iterable[np.ndarray], dtype: torch.dtype) -> dict[str, NDArray[np.float64]]:
     """Per predicted token of `batches`: ce, hit, entropy, each [rows, seq_len]."""
-    device = model.embedding.weight.device
+    device = next(model.parameters()).device
     found: dict[str, list[NDArray[np.float64]]] = {"ce": [], "hit": [], "entropy": []}
     for batch in batches:
         tokens = to_device(batch, device)

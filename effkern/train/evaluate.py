@@ -38,7 +38,7 @@ def evaluate(
     Raises:
         ValueError: `batches` is empty.
     """
-    device = model.embedding.weight.device
+    device = next(model.parameters()).device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     count = 0
     was_training = model.training

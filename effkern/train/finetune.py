@@ -21,6 +21,8 @@ from effkern.train.checkpoint import Checkpoint, save_checkpoint
 from effkern.train.config import DataConfig, LoraConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from effkern.train.loop import Trainer, TrainResult
 from effkern.train.restore import load_model
+from effkern.train.step import StepResult
+from effkern.train.timing import StepTimer
 
 # What the learning rate, the betas and eps mean differs by optimizer. The gradient's norm is not the same for two
 # equivalent pairs, so that clipping by it would undo what LoRA-RITE and its kin are for; they clip by themselves.
@@ -66,9 +68,15 @@ class AdapterState:
 
 
 class FineTuner(Trainer):
-    """A run whose model is a frozen checkpoint with adapters."""
+    """A run whose model is a frozen checkpoint with adapters.
+
+    Raises:
+        ValueError: a target that cannot have an adapter, one without gradients (after the first step), or a run
+            directory that holds the trained model itself, which a restart or the export would remove.
+    """
 
     adapters = True
+    outputs = (*Trainer.outputs, "merged", "adapter")
 
     def __init__(self, config: TrainConfig, *, title: str = "finetune", quiet: bool = False) -> None:
         if config.lora.rank < 1:
@@ -78,6 +86,7 @@ class FineTuner(Trainer):
             raise ValueError(
                 f"lora.checkpoint must have the shape of section model, got another one in {self.base.path}"
             )
+        self._checked = False
         super().__init__(config, title=title, quiet=quiet)
         if self.base.inputs.tokenizer != self.inputs.tokenizer:
             raise ValueError(
@@ -89,13 +98,50 @@ class FineTuner(Trainer):
 
     def _model(self) -> Decoder:
         lora, model = self.config.lora, self.base.model.to(self.device)
+        # The loss op takes this layer's weight and never calls it for the logits.
+        head = "embedding" if model.head is None else "head"
+        if head in lora.target_names:
+            tied = " (model.tie_head)" if model.head is None else ""
+            raise ValueError(f"lora.targets must not name the layer whose weight is the head's{tied}, got {head!r}")
         inject_lora(
             model, lora.target_names, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, seed=self.config.run.seed
         )
         return model.train()
 
+    def _begin(self) -> None:
+        own = {(self.out / name).resolve() for name in self.outputs}
+        if own & set(self.base.path.resolve().parents):
+            raise ValueError(f"run.out must not hold the model of lora.checkpoint, got {self.out} for {self.base.path}")
+        super()._begin()
+
     def _optimizer(self) -> torch.optim.Optimizer:
         return build_lora_optimizer(self.model, self.config.lora, self.config.optimizer)
+
+    def step(self, step: int) -> tuple[StepResult, StepTimer]:
+        """As the trainer's; a step that the optimizer itself skipped is none that was applied."""
+        reached: set[str] = set()
+        hooks = [] if self._checked else self._watch_gradients(reached)
+        before = getattr(self.optimizer, "skipped", None)
+        before = None if before is None else before.clone()
+        result, timer = super().step(step)
+        if before is not None and bool(before != self.optimizer.skipped):  # type: ignore[attr-defined]
+            result = replace(result, applied=False)
+        for hook in hooks:
+            hook.remove()
+        without = [] if self._checked else [name for name in lora_layers(self.model) if name not in reached]
+        if without:
+            raise ValueError(f"lora.targets must name layers that the loss depends on, got no gradient for {without}")
+        self._checked = True
+        return result, timer
+
+    def _watch_gradients(self, reached: set[str]) -> list[Any]:
+        """Hooks that put into `reached` the layers whose adapters get a gradient."""
+        return [
+            factor.register_hook(lambda _, name=name: reached.add(name))
+            for name, layer in lora_layers(self.model).items()
+            for factor in layer.factors()
+            if factor.requires_grad
+        ]
 
     def _finish(self, signum: int | None) -> TrainResult:
         result = super()._finish(signum)

@@ -6,7 +6,6 @@ finetune.md and finetune.png. An interrupted comparison goes on where it stopped
 """
 
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -57,7 +56,8 @@ def run_finetune_demo(
 
     Raises:
         DemoInterrupted: SIGINT or SIGTERM; the same call goes on.
-        ValueError: `out` holds files that are not a demo's, or the grids differ in length.
+        ValueError: `out` holds files that are not a demo's, or a comparison of another student or on other sources; or
+            the grids differ in length.
     """
     if len({len(rates) for rates in plan.grid.values()}) != 1:
         raise ValueError(f"finetune: grid must have as many rates for each optimizer, got {dict(plan.grid)}")
@@ -85,7 +85,7 @@ def run_finetune_demo(
 
 def _dataset(out: Path, folder: Path, plan: FinetunePlan, seed: int) -> PackedDataset:
     """Docstrings in the student's tokens. The split is by file and seed as in the demo's corpus: what validates here
-    was never trained on there."""
+    was never trained on there. Raises ValueError, and leaves all as it is, where `folder` is of another one."""
     path = folder / "data"
     tokenizer = out / "salt" / "tokenizer.json"
     try:
@@ -93,9 +93,14 @@ def _dataset(out: Path, folder: Path, plan: FinetunePlan, seed: int) -> PackedDa
     except (OSError, ValueError):
         pass
     else:
-        if dataset.manifest.tokenizer.sha256 == load_model(out / "salt").inputs.tokenizer:
+        student = dataset.manifest.tokenizer.sha256 == load_model(out / "salt").inputs.tokenizer
+        sources = [source.name for source in dataset.manifest.sources]
+        if student and sources == list(plan.sources):
             return dataset
-        shutil.rmtree(folder)
+        got = f"sources {sources}" if student else "another tokenizer"
+        raise ValueError(
+            f"finetune: {folder} must hold runs on {list(plan.sources)} of the student in {out}, got {got}; remove it"
+        )
     return build_dataset(path, plan.sources, tokenizer=tokenizer, seed=0, overwrite=True)
 
 

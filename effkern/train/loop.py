@@ -28,9 +28,6 @@ from effkern.train.signals import StopRequest
 from effkern.train.step import StepResult, to_device, train_step
 from effkern.train.timing import StepTimer
 
-# Where a run directory keeps what it writes; `restart` removes exactly these.
-_OUTPUTS = ("checkpoints", "tensorboard", "log.jsonl", "curves.png", "tokenizer.json", "result.json")
-
 
 class TrainingDiverged(RuntimeError):
     """Too many steps in a row were not finite."""
@@ -65,6 +62,10 @@ class Trainer:
 
     adapters = False
     """The model is a checkpoint with adapters."""
+    outputs: tuple[str, ...] = (
+        "checkpoints", "tensorboard", "log.jsonl", "curves.png", "tokenizer.json", "result.json",
+    )  # fmt: skip
+    """Where a run directory keeps what it writes; `restart` removes exactly these."""
 
     def __init__(self, config: TrainConfig, *, title: str = "train", quiet: bool = False) -> None:
         if config.lora.rank and not self.adapters:
@@ -143,7 +144,7 @@ class Trainer:
             self._saved_step = found.step
             self._notes.append(f"resumed {found.path} at step {found.step}")
         elif self.config.run.restart:
-            for name in _OUTPUTS:
+            for name in self.outputs:
                 path = self.out / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         # With its tokenizer a run directory is all that `effkern generate` needs.
@@ -172,9 +173,7 @@ class Trainer:
             if state.step % config.run.log_every == 0 or not result.applied:
                 log.write("train", state.step, self._record(step, result, rate_ema))
             if not result.applied:
-                report.note(
-                    f"step {step}: loss {result.loss} or gradient norm {result.grad_norm} is not finite; skipped"
-                )
+                report.note(f"step {step}: not finite, skipped (loss {result.loss}, gradient norm {result.grad_norm})")
             self._stop_if_diverged()
             if self._due(config.run.eval_every) or state.step == self.stage_one:
                 log.write("eval", state.step, self.validate())

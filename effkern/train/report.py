@@ -62,7 +62,7 @@ def _samples(loaded: dict[str, LoadedModel], plan: DemoPlan, dataset: PackedData
         ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False).ids])
         row = {"prompt": prompt}
         for name, item in loaded.items():
-            start = ids.to(item.model.embedding.weight.device)
+            start = ids.to(next(item.model.parameters()).device)
             tokens = generate(
                 item.model, start, plan.sample_tokens, temperature=0.7, top_p=0.95, seed=seed, eos=dataset.eos_id
             )

@@ -49,7 +49,7 @@ def test_start_is_the_base_layer(kind):
 def test_forward_gradients_and_merge_are_those_of_the_dense_weight(kind):
     made, x = filled(kind)
     A, B = made.factors()
-    dense = made.weight.detach().clone()
+    dense = made.base_layer.weight.detach().clone()
     product = (B.flatten(1) @ A.flatten(1)).detach() * 4.0
     dense += (product.T if kind == "embedding" else product).view_as(dense)
     y = made(x)
@@ -60,14 +60,14 @@ def test_forward_gradients_and_merge_are_those_of_the_dense_weight(kind):
     y.square().sum().backward()
     assert A.grad.norm() > 0
     assert B.grad.norm() > 0
-    before = made.weight.detach().clone()
+    before = made.base_layer.weight.detach().clone()
     made.merge()
     made.merge()
-    torch.testing.assert_close(made.weight, dense)
+    torch.testing.assert_close(made.base_layer.weight, dense)
     torch.testing.assert_close(made(x), truth)
     made.unmerge()
     made.unmerge()
-    assert torch.equal(made.weight, before)
+    assert torch.equal(made.base_layer.weight, before)
 
 
 def net():
@@ -169,3 +169,67 @@ def test_bad_arguments():
         inject_lora(model, ["0"])
     with pytest.raises(ValueError, match=r"LoraConv2d: base must have groups=1, got 2"):
         LoraConv2d(nn.Conv2d(4, 4, 1, groups=2), 1, 1.0)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+        self.head.weight = self.embed.weight
+
+
+@pytest.mark.parametrize("target", ["embed", "head"])
+def test_a_tied_weight_gets_no_adapter(target):
+    """It would be in one layer of the adapted model, and in both of the merged one."""
+    model = Tied()
+    with pytest.raises(ValueError, match=rf"{target} must have a weight of its own, .* embed.weight and head.weight"):
+        inject_lora(model, [target])
+    assert model.embed.weight.requires_grad
+    assert not lora_layers(model)
+
+
+def test_one_layer_under_two_names_gets_no_adapter():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"x": shared, "y": shared})
+    for target in "xy":
+        with pytest.raises(ValueError, match=rf"{target} must have a weight of its own, .* x.weight and y.weight"):
+            inject_lora(model, [target])
+
+
+def test_code_that_reads_a_weight_never_gets_one_without_its_adapter():
+    made, _ = filled("linear")
+    with pytest.raises(AttributeError, match="weight"):
+        made.weight  # noqa: B018
+    attention = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    with pytest.raises(TypeError, match=r"attention.out_proj must be a layer that is called, got a part of Multihead"):
+        inject_lora(attention, ["out_proj"])
+    assert all(parameter.requires_grad for parameter in attention.parameters())
+
+
+def test_a_refused_target_leaves_the_layers_before_it_as_they_were():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(4, 4, 1, groups=2))
+    model[0].bias.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"groups=1, got 2"):
+        inject_lora(model, ["0", "1"])
+    assert [parameter.requires_grad for parameter in model.parameters()] == [True, False, True, True]
+    assert type(model[0]) is nn.Linear
+
+
+def test_a_model_in_eval_mode_stays_in_it():
+    model = net().eval()
+    inject_lora(model, ["0"], rank=2, dropout=0.5)
+    assert not any(module.training for module in model.modules())
+
+
+def test_an_adapter_file_of_a_layer_named_as_the_adapter():
+    first, second = (nn.ModuleDict({"default": nn.ModuleDict({"default": nn.Linear(4, 3)})}) for _ in "12")
+    for model in (first, second):
+        inject_lora(model, ["default.default"], rank=2)
+    state = {}
+    for name, value in first.state_dict().items():
+        if "lora_" in name:
+            value.normal_()
+            state[name] = value.clone()
+    load_lora_state_dict(second, state)
+    for name, value in state.items():
+        assert torch.equal(second.state_dict()[name], value)

@@ -5,6 +5,7 @@ import torch
 
 import effkern
 from effkern.ops.shampoo import COMPUTED, FAILED, FELL_BACK, ZERO, inverse_root, matrix_inverse_root
+from effkern.ops.shampoo.common import signs
 from effkern.ops.shampoo.rational import terms, tolerance
 from tests.numerics import rel_err
 from tests.ops.shampoo_cases import CPP, SPECTRA, symmetric, truth
@@ -418,3 +419,16 @@ def test_errors(change, kind, message):
 def test_not_covered_cpp():
     with pytest.raises(NotImplementedError, match=r"impl='cpp' has eigh, rational, got method='gram_ns'"):
         inverse_root(torch.zeros(2, 3, 3), method="gram_ns", impl="cpp")
+
+
+@pytest.mark.parametrize("impl", CPP_OR_REFERENCE)
+def test_no_direction_is_overlooked_cpp(impl):
+    """The largest eigenvalue, 42 times that of the largest diagonal entry, on a direction orthogonal to the fixed signs
+    from which it is searched for."""
+    n = 43
+    assert signs(n, torch.ones(1))[1:].sum() == 0
+    A = torch.ones(n, n) + 1e-4 * torch.eye(n)
+    A[0], A[:, 0], A[0, 0] = 0.0, 0.0, 1.1
+    found = inverse_root(A[None], ridge=1e-6, method="rational", impl=impl)
+    assert found.status.item() == COMPUTED
+    assert rel_err(found.root[0], truth(A)) < 5e-3

@@ -8,6 +8,7 @@ from torch import nn
 
 from effkern.ops.lora_rite.group import MAX_RANK
 from effkern.optim import LoRAMuon, LoraPair, LoRARite, ScaledAdam
+from effkern.optim.lora.runs import no_kernel
 from tests.numerics import rel_err
 from tests.optim.lora_cases import Product, normal, optimizer_steps, pairs_of
 
@@ -192,6 +193,11 @@ def test_ranks_above_the_own_solver():
 def test_fused_means_fused():
     with pytest.raises(NotImplementedError, match=r"fused=True needs a compiled kernel, but float64 factors have none"):
         LoRARite(pairs_of([one()]), fused=True)
+    if no_kernel(3, torch.empty(0)) is None:
+        p, q = one(dtype=torch.float32), one(dtype=torch.float32)
+        optimizer_steps([p], LoRARite(pairs_of([p]), fused=True), 3)
+        optimizer_steps([q], LoRARite(pairs_of([q]), fused=False), 3)
+        torch.testing.assert_close(p.B, q.B, rtol=1e-5, atol=1e-6)
 
 
 def test_mixed_precisions_and_ranks_share_the_clip():

@@ -216,9 +216,21 @@ def test_state_keeps_its_precision_and_is_not_shared():
         assert torch.equal(stored["state"][0][key], kept[key])
     bigger = [Product(9, 7, 5, seed=1), *other[1:]]
     wrong = LoRARite(pairs_of(bigger), lr=LR)
-    wrong.load_state_dict(stored)
-    with pytest.raises(ValueError, match=r"state of pair0: exp_avg must have shape \[5, 7\] and whiten \[5, 5\], got"):
-        optimizer_steps(bigger, wrong, 1)
+    optimizer_steps(bigger, wrong, 1)
+    kept = copy.deepcopy(wrong.state_dict()["state"])
+    with pytest.raises(ValueError, match=r"state of A of pair0: exp_avg must have shape \[5, 7\], got \[3, 7\]"):
+        wrong.load_state_dict(stored)
+    for index, entry in wrong.state_dict()["state"].items():
+        assert all(torch.equal(value, kept[index][key]) for key, value in entry.items())
+    stored["state"][0]["whiten"] = torch.zeros(2, 2, dtype=torch.float64)
+    target.load_state_dict(stored)
+    with pytest.raises(ValueError, match=r"state of pair0: exp_avg must have shape .* and whiten \[3, 3\], got .*2, 2"):
+        optimizer_steps(other, target, 1, first=2)
+    stored["state"][0].pop("whiten")
+    with pytest.raises(
+        ValueError, match=r"state of A of pair0: must be of a LoRARite, got none of \['whiten'\]; import_p"
+    ):
+        target.load_state_dict(stored)
     renamed = [LoraPair(f"other{i}", p.A, p.B, 0, 1) for i, p in enumerate(other)]
     with pytest.raises(ValueError, match=r"stored param_groups\[0\] must have the pairs of this optimizer, got names"):
         LoRARite(renamed, lr=LR).load_state_dict(stored)

@@ -318,7 +318,7 @@ def test_state_is_momentum_and_two_factors():
     optimizer.step()
     sizes = {k: v.numel() for k, v in optimizer.state[w].items()}
     assert sizes == {"step": 1, "momentum": 160, "left": 64, "left_root": 64}
-    ((_, plan),) = optimizer._plans.values()
+    ((_, _, plan),) = optimizer._plans.values()
     shared = optimizer.state[w]["left"].untyped_storage().data_ptr()
     assert [b.factor.untyped_storage().data_ptr() for b in plan.buckets] == [shared]
 

@@ -140,6 +140,75 @@ def test_lora_plus_and_lora_fa(config):
     assert float(moved[4.0] / moved[1.0]) == pytest.approx(4, rel=1e-4)
 
 
+def test_the_layer_of_the_head_s_weight_gets_no_adapter(config, base, dataset, tmp_path):
+    """The loss op reads that weight. Of a model with a head of its own the embedding may have one, and it is merged."""
+    with pytest.raises(ValueError, match=r"layer whose weight is the head's \(model.tie_head\), got 'embedding'"):
+        FineTuner(config(targets="qkv,embedding"), quiet=True)
+    train(at(base, tmp_path / "untied", schedule__steps=2, model__tie_head=False), quiet=True)
+
+    def untied(targets):
+        made = finetune_config(tmp_path / "untied", dataset.path, tmp_path / "tuned", rank=2, steps=3, targets=targets)
+        return FineTuner(replace(made, run=replace(config().run, out=str(tmp_path / "tuned"))), quiet=True)
+
+    with pytest.raises(ValueError, match=r"must not name the layer whose weight is the head's, got 'head'"):
+        untied("qkv,head")
+    tuner = untied("embedding,qkv")
+    result = tuner.run()
+    merged = load_model(result.out / "merged").model
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        want = tuner.model.eval()
+        torch.testing.assert_close(merged.logits(merged(tokens)), want.logits(want(tokens)), rtol=1e-5, atol=1e-5)
+    assert (merged.embedding.weight - load_model(tmp_path / "untied").model.embedding.weight).norm() > 1e-4
+    assert want.new_cache(1, 8).length == 0
+
+
+def test_a_layer_that_the_loss_does_not_reach_is_named(config, monkeypatch):
+    tuner = FineTuner(config(), quiet=True)
+    layer = lora_layers(tuner.model)["stack.blocks.0.mlp.down"]
+    monkeypatch.setattr(layer, "forward", layer.base_layer.forward)
+    with pytest.raises(ValueError, match=r"layers that the loss depends on, got no gradient for \['stack.blocks.0.mlp"):
+        tuner.step(0)
+
+
+def test_steps_that_the_optimizer_skips_are_counted(config):
+    """Loss and gradients are finite here: it is the optimizer alone that finds otherwise."""
+    tuner = FineTuner(config(), quiet=True)
+    real = tuner.step
+
+    def step(i):
+        tuner.optimizer.found_inf = torch.tensor([float(i in (1, 2))])
+        return real(i)
+
+    tuner.step = step
+    result = tuner.run()
+    assert (result.state.step, result.state.skipped, int(tuner.optimizer.skipped)) == (12, 2, 2)
+    records = [record for record in read_log(result.out / "log.jsonl") if record["kind"] == "train"]
+    assert [record["step"] for record in records if not record["applied"]] == [2, 3]
+
+
+def test_restart_removes_the_export_of_the_run_before(config, young, monkeypatch):
+    finished = config("again")
+    finetune(finished, quiet=True)
+    other = replace(finished, run=replace(finished.run, restart=True, seed=5))
+    real = FineTuner.step
+
+    def interrupt(self, i):
+        if i == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, i)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FineTuner, "step", interrupt)
+        assert finetune(other, quiet=True).signum == signal.SIGINT
+    assert not (Path(finished.run.out) / "merged").exists()
+    assert not (Path(finished.run.out) / "adapter").exists()
+    own = replace(config(), run=replace(config().run, out=str(young), restart=True))
+    with pytest.raises(ValueError, match=r"run.out must not hold the model of lora.checkpoint, got .*young"):
+        finetune(own, quiet=True)
+    assert load_model(young).step == 10
+
+
 def test_every_optimizer_has_defaults(config, young):
     assert set(DEFAULTS) == set(LORA_OPTIMIZERS)
     model = load_model(young).model
@@ -249,5 +318,9 @@ def test_comparison_in_small(base, young, text, tmp_path, monkeypatch):
     assert "AdamW ends 1.0000 +- 0.1000 nats below LoRA-RITE" in render(swapped)
     swapped = {**report, "rite_minus_adamw": {"difference": -0.1, "validation_standard_error": 0.1}}
     assert "the two do not differ on this text (-0.1000 +- 0.1000 nats)" in render(swapped)
+    kept = sorted((out / "finetune").glob("*-*/**/*"))
+    with pytest.raises(ValueError, match=r"finetune must hold runs on \['other'\] .*, got sources \[.*; remove it"):
+        run_finetune_demo(out, plan=replace(plan, sources=("other",)), quiet=True)
+    assert sorted((out / "finetune").glob("*-*/**/*")) == kept
     with pytest.raises(ValueError, match=r"grid must have as many rates for each optimizer"):
         run_finetune_demo(out, plan=FinetunePlan({"adamw": (1.0,), "lora_rite": (1.0, 2.0)}), quiet=True)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from effkern.optim.lora.layout import layout_of, mesh_of
 from effkern.optim.lora.pairs import LoraPair, as_pairs, check_distinct, other_trainable
 
 
@@ -36,6 +37,12 @@ class LoraOptimizer(torch.optim.Optimizer):
     """Options that are True or False."""
     small_state: tuple[str, ...] = ()
     """Entries of a parameter's state that are views of stacked tensors."""
+    large_state: tuple[str, ...] = ()
+    """Entries of the parameter's shape that every state has."""
+    _kept: tuple[str, ...] = ("_others", "_skipped")
+    """Attributes that a copy has too."""
+    _other_states = ""
+    """Ends the message about another optimizer's state."""
 
     # torch.amp.GradScaler then leaves scale and found_inf to step(), without a host read.
     _step_supports_amp_scaling = True
@@ -44,6 +51,7 @@ class LoraOptimizer(torch.optim.Optimizer):
         if others not in ("error", "ignore"):
             raise ValueError(f"{self._me}: others must be 'error' or 'ignore', got {others!r}")
         self._others = others
+        self._skipped: Tensor | None = None
         self._forget()
         if not isinstance(params, (nn.Module, Tensor)):
             params = list(params)
@@ -54,6 +62,17 @@ class LoraOptimizer(torch.optim.Optimizer):
     @property
     def _me(self) -> str:
         return type(self).__name__
+
+    @property
+    def skipped(self) -> Tensor:
+        """Number of steps that changed nothing because something was not finite: 0-d int64, on the parameters' device.
+
+        Reading it as a number waits for the device. It counts from the construction on, and is no part of state_dict.
+        """
+        if self._skipped is None:
+            device = self.param_groups[0]["params"][0].device
+            self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+        return self._skipped
 
     def _forget(self) -> None:
         """Drop everything that can be made again from `state`."""
@@ -66,8 +85,11 @@ class LoraOptimizer(torch.optim.Optimizer):
                 trainable parameters of a model that belong to no pair (others="error").
         """
         group = dict(param_group)
+        if "params" not in group:
+            raise ValueError(f"{self._me}: a group must have params, got {sorted(group)}")
         what = group["params"]
-        pairs = as_pairs(what)
+        number = len(self.param_groups)
+        pairs = as_pairs(what, f"param_groups[{number}]" if number else "params")
         if isinstance(what, nn.Module) and self._others == "error":
             left = [name for name, _ in other_trainable(what, pairs)]
             if left:
@@ -76,6 +98,10 @@ class LoraOptimizer(torch.optim.Optimizer):
                     "Freeze them or give them to an optimizer of their own, with others='ignore' here"
                 )
         check_distinct([*(pair for old in self.param_groups for pair in self.pairs(old)), *pairs])
+        for pair in pairs:
+            for label, factor, dim in (("A", pair.A, pair.rank_dim_A), ("B", pair.B, pair.rank_dim_B)):
+                if mesh_of(factor) is None:
+                    layout_of(f"{label} of {pair.name}", factor, dim)
         group["params"] = [factor for pair in pairs for factor in (pair.A, pair.B)]
         group["names"] = [pair.name for pair in pairs]
         group["rank_dims"] = [dim for pair in pairs for dim in (pair.rank_dim_A, pair.rank_dim_B)]
@@ -97,6 +123,8 @@ class LoraOptimizer(torch.optim.Optimizer):
                 if isinstance(value, Tensor):
                     if name != "lr" or value.numel() != 1:
                         raise ValueError(f"{self._me}: {name} must be a number, got a tensor {list(value.shape)}")
+                    if not (math.isfinite(float(value)) and rule.holds(float(value))):
+                        raise ValueError(f"{self._me}: {name} must {rule.words}, got {value}")
                 elif isinstance(value, bool) or not isinstance(value, (int, float)):
                     raise TypeError(f"{self._me}: {name} must be a number, got {value!r}")
                 elif not (math.isfinite(value) and rule.holds(value)):
@@ -140,19 +168,28 @@ class LoraOptimizer(torch.optim.Optimizer):
         """As torch's, but every tensor keeps the precision it was saved in.
 
         Raises:
-            ValueError: the stored pairs have other names or ranks than these.
+            ValueError: the state of another optimizer, or the stored pairs have other names, ranks or shapes than
+                these; nothing was changed.
         """
         groups = state_dict["param_groups"]
         for i, (own, stored) in enumerate(zip(self.param_groups, groups)):
+            missing = [key for key in ("names", "rank_dims") if key not in stored]
+            if missing:
+                raise ValueError(
+                    f"{self._me}: stored param_groups[{i}] must be of a {self._me}, got none of {missing}"
+                    + self._other_states
+                )
             for key in ("names", "rank_dims"):
-                if key in stored and stored[key] != own[key]:
+                if stored[key] != own[key]:
                     raise ValueError(
                         f"{self._me}: stored param_groups[{i}] must have the pairs of this optimizer, got "
                         f"{key} {_some(stored[key])} for {_some(own[key])}"
                     )
-        super().load_state_dict(dict(state_dict))
         order = [index for group in groups for index in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
+        if len(order) == len(params):
+            self._check_state([state_dict["state"].get(index, {}) for index in order])
+        super().load_state_dict(dict(state_dict))
         for index, param in zip(order, params):
             for key, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
@@ -163,9 +200,28 @@ class LoraOptimizer(torch.optim.Optimizer):
                 group.setdefault(name, default)
         self._forget()
 
+    def _check_state(self, entries: list[Mapping[str, Any]]) -> None:
+        """Raises ValueError where stored state, an entry for each of all parameters, does not fit them."""
+        params = (p for group in self.param_groups for p in group["params"])
+        names = (f"{x} of {pair.name}" for group in self.param_groups for pair in self.pairs(group) for x in "AB")
+        for name, param, entry in zip(names, params, entries):
+            missing = [key for key in (*self.large_state, *self.small_state) if key not in entry]
+            if entry and missing:
+                raise ValueError(f"state of {name}: must be of a {self._me}, got none of {missing}{self._other_states}")
+            for key in (*self.large_state, "master"):
+                if key in entry and entry[key].shape != param.shape:
+                    raise ValueError(
+                        f"state of {name}: {key} must have shape {list(param.shape)}, got {list(entry[key].shape)}"
+                    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's keeps defaults, state and param_groups alone.
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._kept}}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_others", "ignore")
+        # torch puts it there, for optimizers that have such an option.
+        self.defaults.pop("differentiable", None)
         self._forget()
 
 
@@ -179,18 +235,3 @@ def _is_groups(params: Any) -> bool:
 def _some(names: list[Any], most: int = 6) -> str:
     shown = ", ".join(map(str, names[:most]))
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
-
-
-def scaled_grads(
-    grads: list[Tensor], inverse_scale: Tensor | None, found_inf: Tensor | None, sign: float
-) -> list[Tensor]:
-    """Gradients without the scale of a GradScaler, all NaN where found_inf says so: such a step changes nothing."""
-    if inverse_scale is None and found_inf is None:
-        return grads if sign > 0 else list(torch._foreach_neg(grads))
-    factor = torch.ones((), device=grads[0].device) if inverse_scale is None else inverse_scale
-    factor = factor.to(grads[0].device) * sign
-    if found_inf is not None:
-        factor = torch.where(found_inf.to(factor.device).reshape(()) != 0, torch.nan, factor)
-    # A float16 gradient without its scale may be below the smallest float16 number.
-    wide = [grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in grads]
-    return [grad * factor.to(grad.dtype) for grad in wide]

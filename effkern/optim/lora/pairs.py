@@ -211,16 +211,23 @@ def as_pairs(what: Any, where: str = "params") -> list[LoraPair]:
 
 def check_distinct(pairs: Iterable[LoraPair]) -> None:
     """Raises ValueError naming both pairs if a factor occurs twice: its two steps would work against each other."""
-    seen: dict[int, str] = {}
+    seen: dict[Any, str] = {}
     for pair in pairs:
         for label, factor in (("A", pair.A), ("B", pair.B)):
             here = f"{label} of {pair.name}"
-            if id(factor) in seen:
-                raise ValueError(
-                    f"LoRA factors must belong to one pair each, got {here} shared with {seen[id(factor)]}; "
-                    "one step cannot be invariant for two products"
-                )
-            seen[id(factor)] = here
+            for key in _identities(factor):
+                if key in seen:
+                    raise ValueError(
+                        f"LoRA factors must belong to one pair each, got {here} shared with {seen[key]}; "
+                        "one step cannot be invariant for two products"
+                    )
+                seen[key] = here
+
+
+def _identities(factor: Tensor) -> list[Any]:
+    """What two factors must not share: the object, and where it has memory of its own the place of it."""
+    plain = type(factor) in (Tensor, nn.Parameter) and factor.device.type != "meta"
+    return [id(factor), (factor.device, factor.data_ptr())] if plain else [id(factor)]
 
 
 def other_trainable(model: nn.Module, pairs: Iterable[LoraPair]) -> list[tuple[str, nn.Parameter]]:

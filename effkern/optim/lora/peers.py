@@ -56,6 +56,7 @@ class _Peer(LoraOptimizer):
 
     # GradScaler then unscales and skips by itself.
     _step_supports_amp_scaling = False
+    large_state: tuple[str, ...] = ("exp_avg",)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -91,13 +92,25 @@ class _Peer(LoraOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            self._check_rate(group)
         work = [(group, batch) for group in self.param_groups for batch in self._batches(group)]
         grads = [grad for _, batch in work for grad in batch.grads]
         if not all(bool(norm.isfinite()) for norm in torch._foreach_norm(grads, torch.inf)):
+            self.skipped.add_(1)
             return loss
         for group, batch in work:
             self._update(group, batch)
         return loss
+
+    def _check_rate(self, group: Mapping[str, Any]) -> None:
+        """Raises ValueError where the weight decay of a step would turn a factor round."""
+        rate = float(group["lr"]) * max(1.0, group["lr_ratio_B"])
+        if rate * group["weight_decay"] >= 1:
+            raise ValueError(
+                f"{self._me}: lr times weight_decay must be below 1 for both factors, got {rate:g} and "
+                f"{group['weight_decay']:g}"
+            )
 
     def _update(self, group: Mapping[str, Any], batch: _Batch) -> None:
         raise NotImplementedError
@@ -155,6 +168,7 @@ class ScaledAdam(_Peer):
     Source: Zhang and Pilanci, Riemannian Preconditioned LoRA, arXiv 2402.02347.
     """
 
+    large_state = ("exp_avg", "exp_avg_sq")
     rules: Mapping[str, Rule] = {
         "lr": AT_LEAST_0, "betas": BETA, "eps": AT_LEAST_0, "reg": POSITIVE, "weight_decay": AT_LEAST_0,
         "lr_ratio_B": POSITIVE,

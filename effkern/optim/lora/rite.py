@@ -11,7 +11,8 @@ from effkern.ops.lora_rite import RiteGroup, RiteOptions, lora_rite_rebuild_, lo
 from effkern.ops.lora_rite.reference import RANK_TOLERANCE
 from effkern.ops.lora_rite.subset import put_back, subset
 from effkern.optim.lora import runs
-from effkern.optim.lora.base import AT_LEAST_0, BETA, POSITIVE, SHARE, LoraOptimizer, scaled_grads
+from effkern.optim.lora.base import AT_LEAST_0, BETA, POSITIVE, SHARE, LoraOptimizer
+from effkern.optim.lora.layout import mesh_of
 from effkern.optim.lora.runs import Run
 
 _OPTIONS = ("betas", "eps", "relative_eps", "weight_decay", "escaped_mass", "second_moment", "clip_grad", "skip_rms",
@@ -52,10 +53,13 @@ class LoRARite(LoraOptimizer):
     a float32 copy, where the parameter is bfloat16 or float16: the step is made on it and rounded once. float64 pairs
     are float64 throughout.
 
-    A gradient with NaN or inf anywhere: the step changes nothing, no state, no step count. Pairs without gradients are
-    left out. A frozen factor (requires_grad=False, as in LoRA-FA, arXiv 2308.03303) stays, its partner is trained.
-    A parameter written from outside (load_state_dict, copy_) is noticed by its version counter and gets a new basis;
-    after writes through `.data` call `rebuild()`. Ranks above 128 take torch's LAPACK or cuSOLVER path.
+    A gradient with NaN or inf anywhere, or a parameter that was written with them: the step changes nothing, no state,
+    no step count; `skipped` counts such steps, on the device. Finite float32 gradients above 1e18 overflow and count as
+    not finite. Pairs without gradients are left out. A frozen factor (requires_grad=False, as in LoRA-FA, arXiv
+    2308.03303) stays, its partner is trained. A parameter written from outside (load_state_dict, copy_) is noticed by
+    its version counter and gets a new basis; after writes through `.data` call `rebuild()`. Loaded state is taken bit
+    for bit where the weights are those that it was saved with; for others bases are made anew (sharded factors: where
+    they differ by more than some 2 %). Ranks above 128 take torch's LAPACK or cuSOLVER path.
 
     Sharded parameters (FSDP2, DTensor) keep their moments cut by rows; r x r sums are added up over the processes.
 
@@ -72,6 +76,9 @@ class LoRARite(LoraOptimizer):
     }  # fmt: skip
     flags = ("relative_eps", "escaped_mass", "maximize")
     small_state = runs.SMALL
+    large_state = ("exp_avg",)
+    _kept = (*LoraOptimizer._kept, "_fused", "_warned", "_loaded")
+    _other_states = "; import_port_state reads that of pytorch_optimizer's LoRARite"
 
     def __init__(
         self,
@@ -92,7 +99,7 @@ class LoRARite(LoraOptimizer):
         fused: bool | None = None,
         others: Literal["error", "ignore"] = "error",
     ) -> None:
-        if fused not in (None, True, False):
+        if fused is not None and not isinstance(fused, bool):
             raise TypeError(f"LoRARite: fused must be None, True or False, got {fused!r}")
         self._fused = fused
         options = {
@@ -105,11 +112,8 @@ class LoRARite(LoraOptimizer):
     def _forget(self) -> None:
         self._runs: list[tuple[int, Run]] | None = None
         self._rates: dict[Any, Tensor] = {}
+        self._loaded: dict[Tensor, Tensor] = getattr(self, "_loaded", {})
         self._warned = getattr(self, "_warned", False)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.setdefault("_fused", None)
-        super().__setstate__(state)
 
     def _check(self, group: Mapping[str, Any]) -> None:
         super()._check(group)
@@ -133,6 +137,33 @@ class LoRARite(LoraOptimizer):
         if reason is not None and self._fused:
             raise NotImplementedError(f"LoRARite: fused=True needs a compiled kernel, but {reason}")
         return "plain" if reason is not None else "auto"
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with every tensor of its own memory: it loads with weights_only and resumes bit for bit.
+
+        `weights` of a parameter are a sum over its bits, by which a load sees whether the state is that of its values.
+        """
+        if self._runs is not None:
+            # What was written since the last step.
+            self._prepared()
+        packed = super().state_dict()
+        order = [index for group in packed["param_groups"] for index in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for index, param in zip(order, params):
+            entry = packed["state"].get(index)
+            if not entry or "master" in entry or mesh_of(param) is not None:
+                continue
+            if self._runs is not None:
+                entry["weights"] = runs.bit_sum(param)
+            elif param in self._loaded:
+                entry["weights"] = self._loaded[param].clone()
+        return packed
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._loaded = {param: entry.pop("weights") for param, entry in self.state.items() if "weights" in entry}
+
+    load_state_dict.__doc__ = LoraOptimizer.load_state_dict.__doc__
 
     @torch.no_grad()
     def rebuild(self, keep_moments: bool = True) -> None:
@@ -160,7 +191,13 @@ class LoRARite(LoraOptimizer):
         part = subset(run.group, marks)
         assert part is not None
         impl = self._impl(run)
+        before = part.group.transport.clone()
         lora_rite_rebuild_(part.group, options, keep_moments=keep_moments, reduce=run.sums, impl=impl)
+        # A factor with NaN has no basis: it keeps its old one, and stops all steps until it is written again.
+        sound = part.group.transport.isfinite().all(-1).all(-1)
+        part.group.transport.copy_(torch.where(sound[:, None, None], part.group.transport, before))
+        places = slice(None) if part.index is None else part.index
+        run.broken[places] = ~sound
         put_back(part)
 
     def _impl(self, run: Run) -> str:
@@ -169,15 +206,14 @@ class LoRARite(LoraOptimizer):
 
     def _prepared(self) -> list[tuple[int, Run]]:
         """Runs over the present parameters: made anew after a load, rebuilt where a parameter was written."""
+        touched: set[int] = set()
         if self._runs is not None:
             seen = [(number, run, run.versions()) for number, run in self._runs]
-            for number, run, now in seen:
-                if now == run.seen:
-                    continue
-                if any(a[1] != b[1] for a, b in zip(now, run.seen)):
-                    # Other memory: the views are those of the old one.
-                    self._runs = None
-                    break
+            changes = [(p, a, b) for _, run, now in seen for p, a, b in zip(run.params, now, run.seen) if a != b]
+            if any(a[1] != b[1] for _, a, b in changes):
+                # Other memory: the views are those of the old one.
+                self._runs, touched = None, {id(p) for p, _, _ in changes}
+            for number, run, now in seen if changes and self._runs is not None else ():
                 written = [i for i, (a, b) in enumerate(zip(now, run.seen)) if a != b]
                 runs.refresh(run, written)
                 self._rebuild(run, written, self._options(number))
@@ -188,9 +224,11 @@ class LoRARite(LoraOptimizer):
             for number, run in self._runs:
                 stale = runs.stale_masters(run)
                 runs.refresh(run, stale)
-                fresh = runs.fresh_factors(run, self._impl(run))
-                self._rebuild(run, sorted({*stale, *fresh}), self._options(number))
+                fresh = runs.fresh_factors(run, self._impl(run), self._loaded)
+                known = [i for i, param in enumerate(run.params) if id(param) in touched]
+                self._rebuild(run, sorted({*stale, *fresh, *known}), self._options(number))
                 run.seen = run.versions()
+            self._loaded = {}
         return self._runs
 
     def _grads(self, number: int, run: Run) -> list[Tensor | None]:
@@ -236,31 +274,31 @@ class LoRARite(LoraOptimizer):
             with torch.enable_grad():
                 loss = closure()
         prepared = self._prepared()
-        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        inverse = None if scale is None else 1 / scale.double()
         work = []
         for number, run in prepared:
             grads = self._grads(number, run)
             places = [i for i, grad in enumerate(grads) if grad is not None]
             if not places:
                 continue
-            sign = -1.0 if self.param_groups[number]["maximize"] else 1.0
-            if sign < 0 or inverse is not None or found is not None:
-                given = scaled_grads([cast(Tensor, grads[i]) for i in places], inverse, found, sign)
-                for i, grad in zip(places, given):
+            if self.param_groups[number]["maximize"]:
+                for i, grad in zip(places, torch._foreach_neg([cast(Tensor, grads[i]) for i in places])):
                     grads[i] = grad
             work.append((number, run, grads, places))
         if not work:
             return loss
-        watch = _Watch([run for _, run, _, _ in work])
-        lora_rite_step_(
+        inverse, found = self._scaling([(run, grads) for _, run, grads, _ in work])
+        watch = _Watch([run for _, run, _, _ in work], inverse)
+        norm = lora_rite_step_(
             [run.group for _, run, _, _ in work],
             [grads for _, _, grads, _ in work],
             [self._lr(number, run) for number, run, _, _ in work],
             [self._options(number) for number, _, _, _ in work],
+            grad_scale=inverse,
+            found_inf=found,
             reduce=watch if watch.needed(self._warned) else None,
             impl=self._common_impl([run for _, run, _, _ in work]),
         )
+        self.skipped.add_(~norm.isfinite().to(self.skipped.device))
         if not self._warned and watch.skipped(self.param_groups[0]["skip_rms"]):
             self._warned = True
             warnings.warn(
@@ -275,6 +313,24 @@ class LoRARite(LoraOptimizer):
             run.seen = run.versions()
         return loss
 
+    def _scaling(self, work: list[tuple[Run, list[Tensor | None]]]) -> tuple[Tensor | None, Tensor]:
+        """What gradients are to be multiplied with, and not 0 where the step must change nothing; of a GradScaler, and
+        of factors that have no basis."""
+        device = work[0][0].group.whiten.device
+        found = torch.stack([run.broken.any().to(device) for run, _ in work]).any().double()
+        if getattr(self, "found_inf", None) is not None:
+            found = found + self.found_inf.to(device).reshape(())  # type: ignore[attr-defined]
+        scale = getattr(self, "grad_scale", None)
+        if scale is None:
+            return None, found
+        inverse = 1 / scale.double().to(device).reshape(())
+        if all(run.group.whiten.device == device for run, _ in work):
+            return inverse, found
+        for run, grads in work:
+            own = inverse.to(run.group.whiten.device)
+            grads[:] = [None if grad is None else grad.to(run.group.factors[0].dtype) * own for grad in grads]
+        return None, found
+
     def _common_impl(self, work: list[Run]) -> str:
         """One implementation for a call: the clip needs all gradients at once."""
         chosen = {self._impl(run) for run in work if run.group.factors[0].dtype == torch.float32 or run.impl == "plain"}
@@ -284,7 +340,8 @@ class LoRARite(LoraOptimizer):
 class _Watch:
     """Sees the sums over rows on their way: adds them up over processes, and remembers large ones on the CPU."""
 
-    def __init__(self, work: list[Run]) -> None:
+    def __init__(self, work: list[Run], scale: Tensor | None) -> None:
+        self.scale = scale
         self.sums = {id(f): run.sums for run in work for f in run.group.factors if run.sums is not None}
         self.on_cpu = work[0].group.whiten.device.type == "cpu"
         self.grams: list[tuple[RiteGroup, Tensor]] = []
@@ -306,6 +363,7 @@ class _Watch:
             return False
         for group, grams in self.grams:
             mean = grams.diagonal(dim1=-2, dim2=-1).sum(-1) / (group.rows * group.rank)
+            mean = mean if self.scale is None else mean * self.scale.square()
             if bool((mean.isfinite() & (mean > limit**2)).any()):
                 return True
         return False

@@ -10,6 +10,7 @@ from torch import Tensor
 from effkern.ops import registry
 from effkern.ops.lora_rite import RiteGroup, gram
 from effkern.ops.lora_rite.group import MAX_RANK, OP
+from effkern.ops.lora_rite.stages import choose
 from effkern.optim.lora.layout import Layout, RowSums, compute_dtype, layout_of, local_of, mesh_of
 from effkern.optim.lora.pairs import LoraPair
 
@@ -29,8 +30,8 @@ def no_kernel(rank: int, like: Tensor) -> str | None:
             return "the C++ kernels are missing (effkern doctor says why)"
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"effkern::{OP}_gram", "CPU"):
             return f"effkern._C was built without {OP}"
-    elif registry.choose(OP, "auto", like.device) == "plain":
-        return f"no kernel runs on {like.device}"
+    elif choose("auto", like.new_empty(0, dtype=torch.float32), rank) == "plain":
+        return f"no kernel of rank {rank} runs on {like.device}"
     return None
 
 
@@ -52,6 +53,8 @@ class Run:
     """Gradients of frozen factors."""
 
     def __post_init__(self) -> None:
+        self.broken = torch.zeros(len(self.layouts), dtype=torch.bool, device=self.group.whiten.device)
+        """[F]: the factor was not finite when its basis was to be made."""
         self.params = [layout.param for layout in self.layouts]
         self.locals = [local_of(layout.param) for layout in self.layouts]
         # Some process has no row of some factor, which the kernels do not take. Then no process may use them: they add
@@ -138,6 +141,8 @@ def _make_run(pairs: list[LoraPair], dtype: torch.dtype, sharded: bool, state: M
         own = state[layout.param]
         if "exp_avg" not in own:
             own.update(new_state(layout, rank, dtype))
+        elif layout.param.dtype != dtype and "master" not in own:
+            own["master"] = _master(layout, dtype)
         if own["exp_avg"].shape != layout.param.shape or own["whiten"].shape != (rank, rank):
             raise ValueError(
                 f"state of {pairs[i // 2].name}: exp_avg must have shape {list(layout.param.shape)} and whiten "
@@ -167,11 +172,15 @@ def _make_run(pairs: list[LoraPair], dtype: torch.dtype, sharded: bool, state: M
 
 
 def refresh(run: Run, factors: Iterable[int]) -> None:
-    """Take the present values of these parameters into the buffers of the run."""
+    """Take the present values of these parameters into the buffers of the run.
+
+    A buffer that rounds to the parameter as it is stays: a write that changes nothing must not round a master.
+    """
     chosen = set(factors)
     for i, buffer in run.copies:
         if i in chosen:
-            buffer.copy_(local_of(_on_step_placements(run.layouts[i])))
+            param = local_of(_on_step_placements(run.layouts[i]))
+            buffer.copy_(torch.where(buffer.to(param.dtype) == param, buffer, param.to(buffer.dtype)))
 
 
 def publish(run: Run, factors: Iterable[int]) -> None:
@@ -192,9 +201,19 @@ def publish(run: Run, factors: Iterable[int]) -> None:
         layout.param.detach().copy_(whole.redistribute(placements=layout.param.placements))  # type: ignore[attr-defined]
 
 
-def fresh_factors(run: Run, impl: str) -> list[int]:
+def bit_sum(param: Tensor) -> Tensor:
+    """Sum over the elements' bits as whole numbers: the same on every device and for every order of summation."""
+    whole = {4: torch.int32, 8: torch.int64, 2: torch.int16}[param.element_size()]
+    return param.detach().view(whole).sum(dtype=torch.int64)
+
+
+def fresh_factors(run: Run, impl: str, loaded: Mapping[Tensor, Tensor]) -> list[int]:
     """Factors whose stored basis is not that of their present values: before the first step, and after a load of other
-    weights. One float64 Gram matrix each, and one host read."""
+    weights. One float64 Gram matrix each, and one host read.
+
+    loaded: bit sums of the values that the state is of. Where there is none, as for sharded factors, a basis within
+        0.05 of orthonormal is taken for that of the present values.
+    """
     group = run.group
     grams = gram(group.factors, group.wide, impl=impl)
     grams = grams if run.sums is None else run.sums(group, grams)
@@ -206,6 +225,9 @@ def fresh_factors(run: Run, impl: str) -> list[int]:
     empty = group.whiten.abs().amax((-1, -2)) == 0
     present = grams.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
     wrong = ~(off < 0.05) | (empty & present) | (group.steps == 0)
+    for i, param in enumerate(run.params):
+        if param in loaded:
+            wrong[i] |= bit_sum(param) != loaded[param]
     return [i for i, bad in enumerate(wrong.tolist()) if bad]
 
 
