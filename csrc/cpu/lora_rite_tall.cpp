@@ -105,26 +105,23 @@ void add_whitened(const Tall& x, const Task& task, const float* by, const Tile<f
   }
 }
 
-// Largest magnitude; not finite if any number is not.
 template <typename T>
 T magnitude(const T* x, int64_t count) {
-  T largest = 0, poison = 0;
-  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::fabs(x[i])), poison += x[i] * T(0);
-  return largest + poison;
+  T largest = 0;
+  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::fabs(x[i]));
+  return largest;
 }
 
-// The same for products that leave float32's range: W is scaled by a power of two, the sum back.
+// The same for products so small that float32 loses digits of them: W is scaled by a power of two, the sum back.
 void add_whitened_scaled(const Tall& x, const Task& task, const double* w, const Tile<float>& y, float* product,
                          double* total) {
   const int64_t tile = tile_rows(x.rank), square = x.rank * x.rank;
   float largest = 0;
-  for (int64_t row = task.begin; row < task.end && std::isfinite(largest); row += tile)
+  for (int64_t row = task.begin; row < task.end; row += tile)
     for_pieces(x, row, std::min(tile, task.end - row), [&](const float* from, int64_t, int64_t size) {
-      const float here = magnitude(from, size);
-      largest = std::isfinite(largest) && !(here <= largest) ? here : largest;
+      largest = std::max(largest, magnitude(from, size));
     });
   const double top = magnitude(w, square);
-  if (!std::isfinite(largest) || !std::isfinite(top)) return;
   int of_x = 0, of_w = 0;
   std::frexp(largest, &of_x), std::frexp(top, &of_w);
   // W itself stays a normal float32.
@@ -156,8 +153,8 @@ Tensor gram(std::vector<Tensor> tensors, std::vector<bool> wide, std::optional<T
       if (w) {
         const double* by = w + task.factor * square;
         add_whitened(x, task, rounded(by, square).data(), y, product.get(), total);
-        const double sum = trace(total, rank), least = kLeastSquare * rank * (task.end - task.begin);
-        if (!(sum >= least && std::isfinite(sum))) add_whitened_scaled(x, task, by, y, product.get(), total);
+        if (trace(total, rank) < kLeastSquare * rank * (task.end - task.begin))
+          add_whitened_scaled(x, task, by, y, product.get(), total);
         continue;
       }
       for (int64_t row = task.begin; row < task.end; row += tile) {

@@ -164,30 +164,6 @@ def unmagnified(
     return h, traces(group, h, skip_rms)
 
 
-def advance_(
-    group: RiteGroup,
-    grads: Sequence[Tensor],
-    update: Update,
-    tolerance: float,
-    reduce: Reduce | None = None,
-    impl: str = "auto",
-) -> None:
-    """update_ and rebase_ of a group, with the sums over rows in between."""
-    lists = (group.factors, group.moments, grads, group.wide)
-    if choose(impl, group.factors[0], group.rank) == "triton" and reduce is None:
-        from effkern.ops.lora_rite import triton
-
-        single = group.factors[0].dtype == torch.float32
-        if triton.advance_(*lists, update, group.whiten, group.transport, group.exact, single, tolerance):
-            return
-    products = update_(*lists, update, group.whiten, group.exact, impl=impl)
-    if reduce is not None:
-        products = Products(*(reduce(group, x) for x in products))
-    from effkern.ops.lora_rite import stretch
-
-    stretch.rebase_(group, products, update.gate, tolerance, reduce, impl)
-
-
 def traces(group: RiteGroup, grams: Tensor, skip_rms: float) -> Tensor:
     """[F] squared norms of the unmagnified gradients; 0 for a factor whose root mean square is above `skip_rms` > 0."""
     return plain.traces(grams, group.rows, skip_rms)
