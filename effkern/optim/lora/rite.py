@@ -225,8 +225,10 @@ class LoRARite(LoraOptimizer):
                 stale = runs.stale_masters(run)
                 runs.refresh(run, stale)
                 fresh = runs.fresh_factors(run, self._impl(run), self._loaded)
-                known = [i for i, param in enumerate(run.params) if id(param) in touched]
-                self._rebuild(run, sorted({*stale, *fresh, *known}), self._options(number))
+                known = [id(param) in touched for param in run.params]
+                known = known if run.sums is None else run.sums.anywhere(known)
+                written = [i for i, it_is in enumerate(known) if it_is]
+                self._rebuild(run, sorted({*stale, *fresh, *written}), self._options(number))
                 run.seen = run.versions()
             self._loaded = {}
         return self._runs
