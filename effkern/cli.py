@@ -351,16 +351,9 @@ _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
 
 def _usage() -> str:
     width = max(map(len, _COMMANDS))
-    lines = [f"  {name:<{width}}  {about}" for name, (about, _) in _COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: effkern COMMAND [ARGUMENTS]",
-            "",
-            *lines,
-            "",
-            "effkern COMMAND --help shows the arguments of a command.",
-        ]
-    )
+    lines = "\n".join(f"  {name:<{width}}  {about}" for name, (about, _) in _COMMANDS.items())
+    last = "effkern COMMAND --help shows the arguments of a command."
+    return f"usage: effkern COMMAND [ARGUMENTS]\n\n{lines}\n\n{last}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "cpu/jacobi_lanes.h"
-#include "cpu/vendor.h"
+#include "cpu/lapack_parallel.h"
 
 namespace effkern {
 namespace jacobi {
@@ -112,49 +112,32 @@ void eigh_lanes(const T* matrices, int64_t count, int64_t n, T* values, T* vecto
 }
 
 template <typename T>
-struct Lapack {
-  int n, lwork = -1, liwork = -1;
-  std::vector<T> work;
-  std::vector<int> iwork;
-
-  explicit Lapack(int64_t order) : n(static_cast<int>(order)), work(1), iwork(1) {
-    T value = 0;
-    vendor::eigh(n, &value, &value, work.data(), -1, iwork.data(), -1);
-    lwork = std::max(static_cast<int>(work[0]), 1 + 6 * n + 2 * n * n);
-    liwork = std::max(iwork[0], 3 + 5 * n);
-    work.resize(lwork);
-    iwork.resize(liwork);
+int32_t solve_by_lapack(lapack::SymmetricEigen<T>& solver, int64_t n, const T* matrix, T* values, T* vectors) {
+  const bool finite = std::isfinite(magnitude(matrix, n));
+  // The lower triangle column by column.
+  for (int64_t i = 0; finite && i < n; ++i)
+    for (int64_t j = 0; j <= i; ++j) vectors[j * n + i] = matrix[i * n + j];
+  if (!finite || solver(vectors, static_cast<int>(n)) != 0) {
+    fill_nan(n, values, vectors);
+    return finite ? kNoConvergence : kNotFinite;
   }
-
-  int32_t run(const T* matrix, T* values, T* vectors) {
-    if (!std::isfinite(magnitude(matrix, n))) {
-      fill_nan(n, values, vectors);
-      return kNotFinite;
-    }
-    // The lower triangle by rows is the upper one by columns.
-    for (int i = 0; i < n; ++i)
-      for (int j = 0; j <= i; ++j) vectors[j * n + i] = matrix[i * n + j];
-    if (vendor::eigh(n, vectors, values, work.data(), lwork, iwork.data(), liwork) != 0) {
-      fill_nan(n, values, vectors);
-      return kNoConvergence;
-    }
-    for (int i = 0; i < n; ++i)
-      for (int j = 0; j < i; ++j) std::swap(vectors[i * n + j], vectors[j * n + i]);
-    return kConverged;
-  }
-};
+  std::copy_n(solver.values(), n, values);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < i; ++j) std::swap(vectors[i * n + j], vectors[j * n + i]);
+  return kConverged;
+}
 
 template <typename T>
 void run(const T* matrices, int64_t count, int64_t n, Method method, T* values, T* vectors, int32_t* status) {
   if (count == 0 || n == 0) return;
-  const bool lapack = method == kLapack || n > kMaxOrder ||
-                      (method == kAuto && n >= kLapackOrder<T> && vendor::has_eigh(T()));
-  if (lapack) {
-    STD_TORCH_CHECK(vendor::has_eigh(T()), "batched_eigh: this torch exports no LAPACK, which orders above 128 need");
-    torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
-      Lapack<T> solver(n);
+  const bool use_lapack = method == kLapack || n > kMaxOrder ||
+                      (method == kAuto && n >= kLapackOrder<T> && lapack::has_eigh(T()));
+  if (use_lapack) {
+    STD_TORCH_CHECK(lapack::has_eigh(T()), "batched_eigh: this torch exports no LAPACK, which orders above 128 need");
+    lapack::parallel_for(count, [&](int64_t first, int64_t last) {
+      lapack::SymmetricEigen<T> solver(static_cast<int>(n), 'L');
       for (int64_t b = first; b < last; ++b)
-        status[b] = solver.run(matrices + b * n * n, values + b * n, vectors + b * n * n);
+        status[b] = solve_by_lapack(solver, n, matrices + b * n * n, values + b * n, vectors + b * n * n);
     });
     return;
   }

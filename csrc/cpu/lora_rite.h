@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "cpu/clones.h"
-#include "cpu/vendor.h"
+#include "cpu/lapack_parallel.h"
 
 namespace effkern {
 namespace lora_rite {
@@ -34,6 +34,12 @@ inline double* doubles(const Tensor& x, int64_t count) {
   check(x.scalar_type() == ScalarType::Double && x.is_contiguous() && x.numel() == count,
         "r x r operands must be packed float64, [F, r, r], [F, r] or [F]");
   return static_cast<double*>(x.data_ptr());
+}
+
+inline double trace(const double* x, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += x[i * n + i];
+  return sum;
 }
 
 // X [rows, r], kept as such or as its transpose.
@@ -91,15 +97,15 @@ template <typename T>
 void times(int64_t rows, int64_t rank, T alpha, const Tile<T>& x, const T* w, T beta, const Tile<T>& out) {
   const int n = static_cast<int>(rows), r = static_cast<int>(rank);
   const int ldx = static_cast<int>(x.stride), ldo = static_cast<int>(out.stride);
-  if (out.wide) vendor::gemm(x.wide ? 'N' : 'T', 'T', n, r, r, alpha, x.data, ldx, w, r, beta, out.data, ldo);
-  else vendor::gemm('N', x.wide ? 'T' : 'N', r, n, r, alpha, w, r, x.data, ldx, beta, out.data, ldo);
+  if (out.wide) lapack::gemm(x.wide ? 'N' : 'T', 'T', n, r, r, alpha, x.data, ldx, w, r, beta, out.data, ldo);
+  else lapack::gemm('N', x.wide ? 'T' : 'N', r, n, r, alpha, w, r, x.data, ldx, beta, out.data, ldo);
 }
 
 // out [r, r] by rows = y^T z.
 template <typename T>
 void cross(int64_t rows, int64_t rank, const Tile<T>& y, const Tile<T>& z, T* out) {
   const int n = static_cast<int>(rows), r = static_cast<int>(rank);
-  vendor::gemm(z.wide ? 'T' : 'N', y.wide ? 'N' : 'T', r, r, n, T(1), z.data, static_cast<int>(z.stride), y.data,
+  lapack::gemm(z.wide ? 'T' : 'N', y.wide ? 'N' : 'T', r, r, n, T(1), z.data, static_cast<int>(z.stride), y.data,
                static_cast<int>(y.stride), T(0), out, r);
 }
 

@@ -21,7 +21,7 @@ constexpr double kEquilibrated = 1e-5;
 // c = alpha op(a) op(b), all [n, n] by rows.
 void multiply(int64_t n, char ta, char tb, double alpha, const double* a, const double* b, double* c) {
   const int r = static_cast<int>(n);
-  vendor::gemm(tb, ta, r, r, r, alpha, b, r, a, r, 0.0, c, r);
+  lapack::gemm(tb, ta, r, r, r, alpha, b, r, a, r, 0.0, c, r);
 }
 
 void symmetrise(int64_t n, double* x) {
@@ -51,12 +51,6 @@ struct Terms {
     relative_eps = flags[0], escaped_mass = flags[1], sum_second = flags[2];
   }
 };
-
-double trace(const double* x, int64_t n) {
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += x[i * n + i];
-  return sum;
-}
 
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -94,7 +88,7 @@ Five precondition_(Tensor grams, Tensor all_traces, Tensor rows, Tensor lr, std:
   std::vector<double> V(count * square), E(count * square), lambda(count * n), share(count), new_mass(mass, mass + count);
   std::vector<int32_t> status(count);
   // V = P diag(second) P^T, the second moment carried to the present basis.
-  torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+  lapack::parallel_for(count, [&](int64_t first, int64_t last) {
     std::vector<double> scaled(square);
     for (int64_t f = first; f < last; ++f) {
       const double* transported = P + (f ^ 1) * square;
@@ -132,7 +126,7 @@ Five precondition_(Tensor grams, Tensor all_traces, Tensor rows, Tensor lr, std:
     if (!std::isfinite(value)) gate_value = std::numeric_limits<double>::quiet_NaN();
   if (!std::isfinite(gate_value)) return result;
 
-  torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+  lapack::parallel_for(count, [&](int64_t first, int64_t last) {
     std::vector<double> turned(square);
     for (int64_t f = first; f < last; ++f) {
       const int64_t at = f * square, other = (f ^ 1) * square;
@@ -214,7 +208,7 @@ void rebase_(Tensor grams, Tensor crosses, Tensor sizes, std::optional<Tensor> g
   std::vector<double> C(given, given + count * square);
   enum Kind : char { kFull, kEigen, kBroken };
   std::vector<char> kind(count);
-  torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+  lapack::parallel_for(count, [&](int64_t first, int64_t last) {
     std::vector<double> u(square), y(square);
     for (int64_t f = first; f < last; ++f) {
       const int64_t at = f * square;
@@ -243,7 +237,7 @@ void rebase_(Tensor grams, Tensor crosses, Tensor sizes, std::optional<Tensor> g
   std::vector<int32_t> status(num_rest);
   for (int64_t i = 0; i < num_rest; ++i) std::copy_n(C.data() + rest[i] * square, square, packed.data() + i * square);
   jacobi::eigh(packed.data(), num_rest, n, jacobi::kAuto, values.data(), Q.data(), status.data());
-  torch::stable::parallel_for(0, num_rest, 1, [&](int64_t first, int64_t last) {
+  lapack::parallel_for(num_rest, [&](int64_t first, int64_t last) {
     std::vector<double> base(square), product(square);
     for (int64_t i = first; i < last; ++i) {
       const int64_t f = rest[i], at = f * square;

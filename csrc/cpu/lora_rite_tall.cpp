@@ -14,6 +14,9 @@ namespace effkern {
 namespace lora_rite {
 namespace {
 
+// Mean square below which float32 products lose digits to underflow.
+constexpr double kLeastSquare = 1e-28;
+
 // GCC clones functions, not templates.
 EFFKERN_CLONES void widen_row(const float* x, int64_t size, double* out) {
   for (int64_t i = 0; i < size; ++i) out[i] = x[i];
@@ -90,6 +93,46 @@ class Scratch {
 
 std::vector<float> rounded(const double* x, int64_t size) { return {x, x + size}; }
 
+// total += (X W)^T (X W) over the task's rows, for W = `by`.
+void add_whitened(const Tall& x, const Task& task, const float* by, const Tile<float>& y, float* product,
+                  double* total) {
+  const int64_t tile = tile_rows(x.rank);
+  for (int64_t row = task.begin; row < task.end; row += tile) {
+    const int64_t rows = std::min(tile, task.end - row);
+    // By rows in both layouts: its Gram matrix is faster.
+    times(rows, x.rank, 1.0f, tile_at(x, row), by, 0.0f, y);
+    add_cross(rows, x.rank, y, y, product, total);
+  }
+}
+
+template <typename T>
+T magnitude(const T* x, int64_t count) {
+  T largest = 0;
+  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::fabs(x[i]));
+  return largest;
+}
+
+// The same for products so small that float32 loses digits of them: W is scaled by a power of two, the sum back.
+void add_whitened_scaled(const Tall& x, const Task& task, const double* w, const Tile<float>& y, float* product,
+                         double* total) {
+  const int64_t tile = tile_rows(x.rank), square = x.rank * x.rank;
+  float largest = 0;
+  for (int64_t row = task.begin; row < task.end; row += tile)
+    for_pieces(x, row, std::min(tile, task.end - row), [&](const float* from, int64_t, int64_t size) {
+      largest = std::max(largest, magnitude(from, size));
+    });
+  const double top = magnitude(w, square);
+  int of_x = 0, of_w = 0;
+  std::frexp(largest, &of_x), std::frexp(top, &of_w);
+  // W itself stays a normal float32.
+  const int shift = std::clamp(-of_x, -100, 120) - of_w;
+  std::vector<float> by(square);
+  for (int64_t i = 0; i < square; ++i) by[i] = static_cast<float>(std::ldexp(w[i], shift));
+  std::fill_n(total, square, 0.0);
+  add_whitened(x, task, by.data(), y, product, total);
+  for (int64_t i = 0; i < square; ++i) total[i] = std::ldexp(total[i], -2 * shift);
+}
+
 Tensor gram(std::vector<Tensor> tensors, std::vector<bool> wide, std::optional<Tensor> whiten) {
   const std::vector<Tall> xs = talls(tensors, wide);
   const std::vector<Task> tasks = tasks_of(xs);
@@ -99,27 +142,27 @@ Tensor gram(std::vector<Tensor> tensors, std::vector<bool> wide, std::optional<T
   const Tensor result = torch::stable::new_empty(tensors[0], {count, rank, rank}, ScalarType::Double);
   double* out = static_cast<double*>(result.data_ptr());
   std::vector<double> partial(num_tasks * square);
-  torch::stable::parallel_for(0, num_tasks, 1, [&](int64_t first, int64_t last) {
-    Scratch<float> y(w ? tile * rank : 0), sum(square);
+  lapack::parallel_for(num_tasks, [&](int64_t first, int64_t last) {
+    Scratch<float> memory(w ? tile * rank : 0), product(square);
     Scratch<double> wide_y(w ? 0 : tile * rank), wide_sum(square);
+    const Tile<float> y{memory.get(), rank, false};
     for (int64_t t = first; t < last; ++t) {
       const Task& task = tasks[t];
       const Tall& x = xs[task.factor];
       double* total = partial.data() + t * square;
-      const std::vector<float> by = w ? rounded(w + task.factor * square, square) : std::vector<float>();
+      if (w) {
+        const double* by = w + task.factor * square;
+        add_whitened(x, task, rounded(by, square).data(), y, product.get(), total);
+        if (trace(total, rank) < kLeastSquare * rank * (task.end - task.begin))
+          add_whitened_scaled(x, task, by, y, product.get(), total);
+        continue;
+      }
       for (int64_t row = task.begin; row < task.end; row += tile) {
         const int64_t rows = std::min(tile, task.end - row);
-        if (w) {
-          // By rows in both layouts: its Gram matrix is faster.
-          const Tile<float> to{y.get(), rank, false};
-          times(rows, rank, 1.0f, tile_at(x, row), by.data(), 0.0f, to);
-          add_cross(rows, rank, to, to, sum.get(), total);
-        } else {
-          widen(x, row, rows, wide_y.get());
-          const Tile<double> all = packed(x, rows, wide_y.get());
-          cross(rows, rank, all, all, wide_sum.get());
-          for (int64_t i = 0; i < square; ++i) total[i] += wide_sum.get()[i];
-        }
+        widen(x, row, rows, wide_y.get());
+        const Tile<double> all = packed(x, rows, wide_y.get());
+        cross(rows, rank, all, all, wide_sum.get());
+        for (int64_t i = 0; i < square; ++i) total[i] += wide_sum.get()[i];
       }
     }
   });
@@ -246,7 +289,7 @@ std::tuple<Tensor, Tensor, Tensor> update_(std::vector<Tensor> factors, std::vec
   const std::vector<Task> tasks = tasks_of(xs);
   const int64_t num_tasks = static_cast<int64_t>(tasks.size()), tile = tile_rows(rank), slot = 2 * square + 1;
   std::vector<double> partial(num_tasks * slot);
-  torch::stable::parallel_for(0, num_tasks, 1, [&](int64_t first, int64_t last) {
+  lapack::parallel_for(num_tasks, [&](int64_t first, int64_t last) {
     const Memory memory(tile, rank);
     for (int64_t t = first; t < last; ++t) {
       const int64_t f = tasks[t].factor, at = f * square;

@@ -6,7 +6,7 @@
 #include <limits>
 #include <optional>
 
-#include "cpu/lapack.h"
+#include "cpu/lapack_parallel.h"
 #include "cpu/shampoo_blocks.h"
 
 namespace effkern::shampoo {
@@ -157,7 +157,7 @@ void run(const std::vector<Block>& weights, const std::vector<Block>& momenta, c
          int32_t* failures, float* norms) {
   const W* l = left.has_value() ? static_cast<const W*>(left->const_data_ptr()) : nullptr;
   const W* r = right.has_value() ? static_cast<const W*>(right->const_data_ptr()) : nullptr;
-  torch::stable::parallel_for(0, static_cast<int64_t>(weights.size()), 1, [&](int64_t begin, int64_t end) {
+  lapack::parallel_for(static_cast<int64_t>(weights.size()), [&](int64_t begin, int64_t end) {
     Update<W> update(weights[0].rows, weights[0].columns, l, r, options);
     for (int64_t b = begin; b < end; ++b) {
       norms[b] = update(weights[b], momenta.empty() ? nullptr : &momenta[b], grads[b], b);

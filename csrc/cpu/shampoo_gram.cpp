@@ -10,7 +10,7 @@
 #include <optional>
 
 #include "cpu/clones.h"
-#include "cpu/lapack.h"
+#include "cpu/lapack_parallel.h"
 #include "cpu/shampoo_blocks.h"
 #include "cpu/shampoo_tiles.h"
 
@@ -128,7 +128,7 @@ void run(const Tensor& factor, const std::vector<Block>& grads, bool left, doubl
       if (finite) update(factors + b * p * p, product, p, gram.stride(), static_cast<W>(decay), static_cast<W>(weight));
     }
   };
-  torch::stable::parallel_for(0, batch, 1, task);
+  lapack::parallel_for(batch, task);
 }
 
 void gram_ema(Tensor factor, std::vector<Tensor> grads, bool left, double decay, double weight,

@@ -11,7 +11,7 @@
 #include <optional>
 #include <tuple>
 
-#include "cpu/lapack.h"
+#include "cpu/lapack_parallel.h"
 #include "cpu/shampoo_blocks.h"
 #include "cpu/shampoo_inverse.h"
 
@@ -221,18 +221,28 @@ class Root {
     return x;
   }
 
-  // Lanczos from the signs and the row with the largest diagonal, orthogonalised against all vectors before, until four
-  // steps more change the eigenvalue by less than `accuracy`.
+  // Lanczos from the longest row and, a tenth of it, the signs, orthogonalised against all vectors before, until four
+  // steps more change the eigenvalue by less than `accuracy`. The longest row is no shorter than lambda_max / sqrt(n), and
+  // what is found is no less: no direction is overlooked.
   double lambda_max(double accuracy) {
     const int most = static_cast<int>(std::min<int64_t>(kLanczos, n_));
     W* v = vectors_.get();
-    int64_t largest = 0;
-    for (int64_t i = 1; i < n_; ++i)
-      if (a_.get()[i * n_ + i] > a_.get()[largest * n_ + largest]) largest = i;
-    const double diagonal = a_.get()[largest * n_ + largest];
+    double diagonal = 0.0, longest = -1.0;
+    for (int64_t i = 0; i < n_; ++i) diagonal = std::max(diagonal, static_cast<double>(a_.get()[i * n_ + i]));
     if (!(diagonal > 0.0)) return 0.0;
+    const W* row = nullptr;
+    for (int64_t i = 0; i < n_; ++i) {
+      // Scaled before it is squared.
+      combine(static_cast<W>(1.0 / diagonal), a_.get() + i * n_, W(0), zeroed(v, n_), n_);
+      const double square = dot(v, v, n_);
+      if (square > longest) {
+        longest = square;
+        row = a_.get() + i * n_;
+      }
+    }
     signs(v, n_);
-    combine(static_cast<W>(1.0 / diagonal), a_.get() + largest * n_, W(0.1), v, n_);
+    const double share = 0.1 * std::sqrt(longest / static_cast<double>(n_));
+    combine(static_cast<W>(1.0 / diagonal), row, static_cast<W>(share), v, n_);
     double alpha[kLanczos], beta[kLanczos], found = 0.0;
     double length = std::sqrt(static_cast<double>(dot(v, v, n_)));
     for (int k = 0; k < most; ++k) {
@@ -290,7 +300,7 @@ void run(const Tensor& out, const Tensor& factor, const Options& options, bool f
   const int64_t batch = factor.size(0), n = factor.size(1);
   const W* a = static_cast<const W*>(factor.const_data_ptr());
   W* x = static_cast<W*>(out.mutable_data_ptr());
-  torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+  lapack::parallel_for(batch, [&](int64_t begin, int64_t end) {
     Root<W> root(n, options);
     for (int64_t b = begin; b < end; ++b) {
       W* to = x + b * n * n;

@@ -18,10 +18,15 @@ from torch import Tensor
 Accumulation = Literal["sum", "ema", "weighted"]
 
 
-def matrix_power(matrix: Tensor, exponent: float) -> Tensor:
-    """(max(A, 0))^exponent of a symmetric matrix, on its eigenvalues."""
+def matrix_power(matrix: Tensor, exponent: float, eps: float = 0.0) -> Tensor:
+    """(max(A, 0) + eps I)^exponent of a symmetric matrix, on its eigenvalues; 0^exponent is 0."""
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp_min(0.0).pow(exponent)) @ vectors.mT
+    # Rounding makes eigenvalues of size -1e-16: clamped first, so that eps bounds what they become.
+    return (vectors * _power(values.clamp_min(0.0) + eps, exponent)) @ vectors.mT
+
+
+def _power(values: Tensor, exponent: float) -> Tensor:
+    return torch.where(values > 0, values, 1.0).pow(exponent) * (values > 0)
 
 
 class Structure(Protocol):
@@ -31,7 +36,7 @@ class Structure(Protocol):
         """The projection of g g^T, in whatever form holds it."""
 
     def solve(self, projection: Tensor, g: Tensor, eps: float) -> Tensor:
-        """V^-1 g with V^2 = projection + eps I."""
+        """V^-1 g with V^2 = projection + eps I; the pseudo-inverse where that is singular."""
 
 
 class Norm:
@@ -41,7 +46,7 @@ class Norm:
         return g.square().mean()
 
     def solve(self, projection: Tensor, g: Tensor, eps: float) -> Tensor:
-        return g / (projection + eps).sqrt()
+        return g * _power(projection + eps, -0.5)
 
 
 class Diagonal:
@@ -51,7 +56,7 @@ class Diagonal:
         return g.square()
 
     def solve(self, projection: Tensor, g: Tensor, eps: float) -> Tensor:
-        return g / (projection + eps).sqrt()
+        return g * _power(projection + eps, -0.5)
 
 
 class OneSided:
@@ -64,7 +69,7 @@ class OneSided:
         return g @ g.mT / g.shape[1] if self.left else g.mT @ g / g.shape[0]
 
     def solve(self, projection: Tensor, g: Tensor, eps: float) -> Tensor:
-        root = matrix_power(projection + eps * torch.eye(len(projection), dtype=g.dtype, device=g.device), -0.5)
+        root = matrix_power(projection, -0.5, eps)
         return root @ g if self.left else g @ root
 
 
@@ -75,8 +80,7 @@ class Full:
         return torch.outer(g.flatten(), g.flatten())
 
     def solve(self, projection: Tensor, g: Tensor, eps: float) -> Tensor:
-        identity = torch.eye(len(projection), dtype=g.dtype, device=g.device)
-        return (matrix_power(projection + eps * identity, -0.5) @ g.flatten()).view_as(g)
+        return (matrix_power(projection, -0.5, eps) @ g.flatten()).view_as(g)
 
 
 class FullHistory:
@@ -90,12 +94,10 @@ class FullHistory:
         return g.reshape(1, -1)
 
     def solve(self, projection: Tensor, g: Tensor, eps: float) -> Tensor:
-        size = len(projection)
-        gram = projection @ projection.mT + eps * torch.eye(size, dtype=g.dtype, device=g.device)
         length = projection[-1].norm()
         if length == 0:
             return torch.zeros_like(g)
-        row = matrix_power(gram, -0.5)[-1]
+        row = matrix_power(projection @ projection.mT, -0.5, eps)[-1]
         return (row @ projection).view_as(g) * (g.norm() / length)
 
 
@@ -118,9 +120,12 @@ class Structured(torch.optim.Optimizer):
         structure: "norm", "diagonal", "left", "right", "full" (N x N memory) or "full-history" (T x N memory, T steps).
         accumulation: "sum" decay 1, weight 1; "ema" beta, 1 - beta; "weighted" beta, 1.
         beta: in [0, 1), for "ema" and "weighted".
-        eps: >= 0, inside of the root.
+        eps: >= 0, inside of the root, and added after eigenvalues were clamped at 0. With 0, directions of
+            eigenvalue 0 stay, but rounding may have made such an eigenvalue positive.
         layerwise: each parameter has a preconditioner of its own; False: one for all parameters of a group, as one
-            vector ("left" and "right" are layerwise by nature).
+            vector ("left" and "right" are layerwise by nature), in which an absent gradient counts as zeros.
+
+    A group may have any of these options of its own.
 
     Raises:
         ValueError: an option breaks a rule, or a parameter is no matrix where one is needed.
@@ -138,25 +143,21 @@ class Structured(torch.optim.Optimizer):
         eps: float = 1e-8,
         layerwise: bool = True,
     ) -> None:
-        for name, holds, rule, value in (
-            ("structure", structure in STRUCTURES, f"be one of {sorted(STRUCTURES)}", structure),
-            ("accumulation", accumulation in ("sum", "ema", "weighted"), "be sum, ema or weighted", accumulation),
-            ("lr", lr > 0, "be positive", lr),
-            ("beta", 0 <= beta < 1, "be in [0, 1)", beta),
-            ("eps", eps >= 0, "be at least 0", eps),
-            ("layerwise", layerwise or structure not in ("left", "right"), f"be True for {structure!r}", layerwise),
-        ):
-            if not holds:
-                raise ValueError(f"Structured: {name} must {rule}, got {value!r}")
-        self._structure = STRUCTURES[structure]()
-        self._grows = structure == "full-history"
         defaults = {"lr": lr, "structure": structure, "accumulation": accumulation, "beta": beta, "eps": eps}
         super().__init__(params, {**defaults, "layerwise": layerwise})
-        for p in (p for group in self.param_groups for p in group["params"]):
-            if not p.is_floating_point():
-                raise TypeError(f"Structured: parameters must be real and floating, got {p.dtype}")
-            if structure in ("left", "right") and p.dim() != 2:
-                raise ValueError(f"Structured: parameters must be matrices for {structure!r}, got {tuple(p.shape)}")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Like torch's.
+
+        Raises:
+            ValueError, TypeError: an option or a parameter breaks a rule; the optimizer is as it was.
+        """
+        super().add_param_group(param_group)
+        try:
+            _check(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -169,23 +170,47 @@ class Structured(torch.optim.Optimizer):
             live = [p for p in group["params"] if p.grad is not None]
             if group["layerwise"]:
                 for p in live:
-                    p.sub_(group["lr"] * self._direction(group, self.state[p], p.grad))
+                    p.sub_(group["lr"] * _direction(group, self.state[p], p.grad))
             elif live:
-                g = torch.cat([p.grad.flatten() for p in live])
-                moves = self._direction(group, self.state[group["params"][0]], g).split([p.numel() for p in live])
-                for p, move in zip(live, moves):
-                    p.sub_(group["lr"] * move.view_as(p))
+                every = group["params"]
+                g = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in every])
+                moves = _direction(group, self.state[every[0]], g).split([p.numel() for p in every])
+                for p, move in zip(every, moves):
+                    if p.grad is not None:
+                        p.sub_(group["lr"] * move.view_as(p))
         return loss
 
-    def _direction(self, group: dict[str, Any], state: dict[str, Tensor], g: Tensor) -> Tensor:
-        """Accumulate and return V^-1 g."""
-        decay = 1.0 if group["accumulation"] == "sum" else group["beta"]
-        weight = 1.0 - group["beta"] if group["accumulation"] == "ema" else 1.0
-        new, old = self._structure.project(g), state.get("projection")
-        if self._grows:
-            # Rows are square roots of the terms of M.
-            new = weight**0.5 * new
-            state["projection"] = new if old is None else torch.cat([decay**0.5 * old, new])
-        else:
-            state["projection"] = weight * new if old is None else decay * old + weight * new
-        return self._structure.solve(state["projection"], g, group["eps"])
+
+def _direction(group: dict[str, Any], state: dict[str, Tensor], g: Tensor) -> Tensor:
+    """Accumulate and return V^-1 g."""
+    structure = STRUCTURES[group["structure"]]()
+    decay = 1.0 if group["accumulation"] == "sum" else group["beta"]
+    weight = 1.0 - group["beta"] if group["accumulation"] == "ema" else 1.0
+    new, old = structure.project(g), state.get("projection")
+    if group["structure"] == "full-history":
+        # Rows are square roots of the terms of M.
+        new = weight**0.5 * new
+        state["projection"] = new if old is None else torch.cat([decay**0.5 * old, new])
+    else:
+        state["projection"] = weight * new if old is None else decay * old + weight * new
+    return structure.solve(state["projection"], g, group["eps"])
+
+
+def _check(group: dict[str, Any]) -> None:
+    structure = group["structure"]
+    sided = structure in ("left", "right")
+    for name, holds, rule in (
+        ("structure", structure in STRUCTURES, f"be one of {sorted(STRUCTURES)}"),
+        ("accumulation", group["accumulation"] in ("sum", "ema", "weighted"), "be sum, ema or weighted"),
+        ("lr", group["lr"] > 0, "be positive"),
+        ("beta", 0 <= group["beta"] < 1, "be in [0, 1)"),
+        ("eps", group["eps"] >= 0, "be at least 0"),
+        ("layerwise", group["layerwise"] or not sided, f"be True for {structure!r}"),
+    ):
+        if not holds:
+            raise ValueError(f"Structured: {name} must {rule}, got {group[name]!r}")
+    for p in group["params"]:
+        if not p.is_floating_point():
+            raise TypeError(f"Structured: parameters must be real and floating, got {p.dtype}")
+        if sided and p.dim() != 2:
+            raise ValueError(f"Structured: parameters must be matrices for {structure!r}, got {tuple(p.shape)}")

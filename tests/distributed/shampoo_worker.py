@@ -61,9 +61,9 @@ def whole_run(case: str) -> list[Tensor]:
 
 
 def spoiled(grad: Tensor, case: str, step: int) -> Tensor:
-    """In one case an entry of a gradient, which one process holds, is NaN at one step."""
-    if case == "not finite" and step == 1 and grad.dim() == 2:
-        grad[0, 0] = torch.nan
+    """In one case an entry of every gradient, which one process holds, is NaN at one step."""
+    if case == "not finite" and step == 1:
+        grad.view(-1)[0] = torch.nan
     return grad
 
 
@@ -91,6 +91,22 @@ def refusal(mesh: DeviceMesh) -> str:
         Shampoo([("w", w)]).step()
     except NotImplementedError as error:
         return str(error)
+    return "nothing"
+
+
+def failing_root(world: int) -> str:
+    """What is said of a root that one process takes and that fails."""
+    parameters = [nn.Parameter(torch.ones(4, 6)) for _ in range(world)]
+    optimizer = Shampoo(parameters, root_group=dist.group.WORLD, max_failures=1)
+    for step in range(2):
+        for p in parameters:
+            p.grad = torch.eye(4, 6)
+        if step:
+            optimizer.state[parameters[0]]["left"][0, 1, 1] = torch.nan
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            return str(error)
     return "nothing"
 
 
@@ -178,12 +194,13 @@ def work(rank: int, world: int) -> dict[str, Any]:
     mesh = DeviceMesh("cpu", list(range(world)))
     found: dict[str, Any] = {}
     # The names of parameters with a gradient that is not finite; the warning is a test elsewhere.
-    warnings.filterwarnings("ignore", "Shampoo: gradient")
+    warnings.filterwarnings("ignore", "Shampoo: (gradient|inverse root)")
     for case in CASES if world == 2 else FOUR:
         wanted = whole_run(case)
         for dim in (0, 1):
             found[f"{case}, shard {dim}"] = distance(sharded_run(case, mesh, dim), wanted)
     found |= data_parallel(rank, world)
+    found["failing root"] = failing_root(world)
     if world == 4:
         square = DeviceMesh("cpu", [[0, 1], [2, 3]])
         found["copies of shards"] = max(distance(sharded_run("auto", square, d), whole_run("auto")) for d in (0, 1))

@@ -37,6 +37,14 @@ def test_data_parallel(group):
         assert found["shampoo"]["ranks"] == 0.0
 
 
+def test_a_root_that_fails_stops_every_process(group):
+    """Not only the one whose share it is: the others would wait for it in the next step."""
+    for found in group:
+        assert found["shampoo"]["failing root"].startswith(
+            "Shampoo: root of parameter 0 of group 0, shape (4, 6), must"
+        )
+
+
 def test_checkpoint_of_four_goes_on_with_two(group):
     """FSDP2, torch.distributed.checkpoint, two processes fewer, stale roots: the run of one process."""
     if len(group) != 4:

@@ -104,6 +104,20 @@ def test_cpp_bits_depend_on_neither_batch_nor_threads(dtype):
         assert torch.equal(alone.vectors, together.vectors[i])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cpp_lapack_bits_depend_on_neither_batch_nor_threads(dtype):
+    """An order at which the library would take threads of its own for a single matrix."""
+    matrix, results, threads = families(128, dtype, count=1)["random"], [], torch.get_num_threads()
+    try:
+        for count, batch in ((1, 1), (2, 1), (2, 3)):
+            torch.set_num_threads(count)
+            results.append(batched_eigh(matrix.expand(batch, 128, 128), method="lapack", impl="cpp"))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(x[:1], y) for x, y in zip(other, results[0]))
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("shape", [(0, 4, 4), (2, 0, 3, 3), (3, 0, 0)])
 def test_empty(solver, shape):

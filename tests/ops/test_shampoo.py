@@ -253,6 +253,24 @@ def test_threads_do_not_matter_cpp():
 
 
 @needs_cpp
+def test_threads_do_not_matter_for_a_single_float64_block_cpp():
+    """Alone it is not in a parallel region, where the library would take threads of its own."""
+    G, W = (torch.randn(128, 300, dtype=torch.float64) for _ in range(2))
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            L, moved = torch.zeros(1, 128, 128, dtype=torch.float64), W.clone()
+            gram_ema_(L, [G], decay=0.9, weight=0.1, impl="cpp")
+            roots = [inverse_root(L, method=method, impl="cpp").root for method in ("eigh", "rational")]
+            apply_([moved], [G], roots[0], lr=0.1, norm=1.0, impl="cpp")
+            found.append([L, *roots, moved])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, two) for one, two in zip(*found))
+
+
+@needs_cpp
 def test_operators_cpp():
     """Schemas, shape functions and aliasing rules by torch's own checker."""
     W, M, G = ([torch.randn(4, 5) for _ in range(2)] for _ in range(3))

@@ -181,6 +181,21 @@ def test_apply(roots, form):
             assert rel_err(momenta, moved) < 4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("types", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_apply_to_blocks_of_different_strides(types):
+    own, of_grad = types
+    W = [randn(9, 5).to(own) if b % 2 else randn(5, 9).to(own).mT for b in range(4)]
+    M = [randn(9, 10)[:, ::2] if b % 2 else randn(9, 5) for b in range(4)]
+    G = [randn(18, 5)[::2].to(of_grad) if b < 3 else randn(9, 5).to(of_grad) for b in range(4)]
+    want, moved = [w.double() for w in W], [m.double() for m in M]
+    options = {"lr": 0.1, "momentum_decay": 0.9, "momentum_weight": 0.1, "weight_decay": 0.3, "norm": 2.0}
+    size = apply_(want, [g.double() for g in G], momenta=moved, impl="reference", **options)
+    found = apply_(W, G, momenta=M, impl="triton", **options)
+    assert rel_err(found, size.double()) < 1e-6
+    assert all(rel_err(w, x) < 4 * torch.finfo(own).eps for w, x in zip(W, want))
+    assert all(rel_err(m, x) < 1e-6 for m, x in zip(M, moved))
+
+
 def test_operators():
     W, M, G = ([randn(4, 5) for _ in range(2)] for _ in range(3))
     X = randn(2, 4, 9)

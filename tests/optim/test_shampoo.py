@@ -192,14 +192,14 @@ def test_learning_rate_as_tensor_and_as_number():
 
 
 def test_schedulers_may_change_what_they_change():
-    """OneCycleLR writes lr and the first beta."""
+    """OneCycleLR writes lr and the first beta, which holds for momentum and its correction from then on."""
     w = nn.Parameter(torch.randn(4, 3).double())
     given = {**options("no grafting"), "betas": (0.9, 0.8)}
     optimizer, twin = Shampoo([w], **given, root_method="eigh"), Literal(w.detach(), given)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=6, cycle_momentum=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=6)
     for _ in range(5):
         w.grad = torch.randn(4, 3).double()
-        twin.o = {**given, "lr": optimizer.param_groups[0]["lr"]}
+        twin.o = {**given, **{name: optimizer.param_groups[0][name] for name in ("lr", "betas")}}
         twin.step(w.grad)
         optimizer.step()
         schedule.step()
@@ -318,13 +318,13 @@ def test_state_is_momentum_and_two_factors():
     optimizer.step()
     sizes = {k: v.numel() for k, v in optimizer.state[w].items()}
     assert sizes == {"step": 1, "momentum": 160, "left": 64, "left_root": 64}
-    ((_, plan),) = optimizer._plans.values()
+    ((_, _, plan),) = optimizer._plans.values()
     shared = optimizer.state[w]["left"].untyped_storage().data_ptr()
     assert [b.factor.untyped_storage().data_ptr() for b in plan.buckets] == [shared]
 
 
 def test_copies_go_on_alone():
-    """deepcopy of model and optimizer, and pickling: the same steps after it, nothing shared."""
+    """deepcopy of model and optimizer: the same steps after it, nothing shared."""
     model = nn.Linear(5, 4)
     optimizer = Shampoo(model.parameters(), lr=0.1)
     step_once(model, optimizer, 0)

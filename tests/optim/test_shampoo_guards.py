@@ -21,6 +21,20 @@ def step(optimizer, *grads):
     optimizer.step()
 
 
+@pytest.mark.parametrize("grafting", ["sgd", "adam", "none"])
+def test_zero_gradients_under_every_grafting(grafting):
+    """No 0/0 where the direction has no length: the weight stays, and the next step is finite."""
+    unused, used = weight(4, 6), weight(4, 6)
+    optimizer = Shampoo([unused, used], lr=0.1, side="both", grafting=grafting)
+    start = unused.detach().clone()
+    for _ in range(2):
+        step(optimizer, torch.zeros(4, 6), torch.randn(4, 6))
+    assert torch.equal(unused, start)
+    step(optimizer, torch.randn(4, 6), torch.zeros(4, 6))
+    assert unused.isfinite().all()
+    assert (unused != start).all()
+
+
 def test_zero_gradient_blocks():
     """Unused weights: no 0/0, no movement, no failure; the same block learns when its gradient comes."""
     unused, used = weight(4, 6), weight(4, 6)
@@ -42,8 +56,8 @@ def test_zero_gradient_blocks():
 @pytest.mark.parametrize("grafting", ["rms", "none", "adam", "sgd"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_gradients_that_are_not_finite(bad, grafting):
-    """The block keeps factor, root, momentum, second moment and weight; its neighbours step; the next step is as if it
-    had not been; one warning with the name."""
+    """The block keeps factor, root, momentum, second moment and weight; its neighbours step; the next step goes on
+    from there; one warning with the name."""
     torch.manual_seed(0)
     broken, healthy = weight(4, 6), weight(4, 6)
     optimizer = Shampoo([("broken", broken), ("healthy", healthy)], lr=0.1, weight_decay=0.1, grafting=grafting)
@@ -259,9 +273,22 @@ BAD_OPTIONS = [
     ({"block_size": 0}, r"block_size must be a whole number of at least 1, got 0"),
     ({"max_failures": True}, r"max_failures must be a whole number of at least 1, got True"),
     ({"root_method": "qr"}, r"root_method must be one of .* got 'qr'"),
+    ({"ridge": math.inf}, "ridge must be finite, got inf"),
+    ({"weight_decay": math.inf}, "weight_decay must be finite, got inf"),
+    ({"lr": math.inf}, "lr must be finite, got inf"),
+    ({"lr": True}, "lr must be at least 0, got True"),
+    ({"lr": torch.tensor(1)}, "lr must be floating where it is a tensor, got torch.int64"),
+    ({"exponents": True}, "exponents must be None, a positive number, or a pair .* got True"),
+    ({"betas": ("a", 0.9)}, r"betas must be two numbers in \[0, 1\), got \('a', 0.9\)"),
+    ({"impl": "nonsense"}, "impl must be one of .* got 'nonsense'"),
+    ({"root_method": "gram_ns", "side": "both"}, "root_method must suit .* needs an exponent of -1/2, got -0.25"),
+    ({"root_method": "rational", "ridge": 0.0}, "root_method must suit .* needs ridge >= 1e-07, got 0.0"),
+    ({"root_method": "rational", "pseudo_inverse": 0.1}, "root_method must suit .* needs pseudo_inverse=None"),
+    ({"root_method": "rational", "exponents": 1}, "root_method must suit .* needs -1 < exponent < 0, got -1.0"),
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Shampoo. exponents")
 @pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=[str(o) for o, _ in BAD_OPTIONS])
 def test_options_that_break_a_rule(options, message):
     with pytest.raises(ValueError, match=message):
@@ -317,6 +344,8 @@ def test_options_that_decide_the_state_stay():
 def test_one_sided_takes_one_side():
     with pytest.raises(ValueError, match=r'side must be "auto", "left" or "right", got \'both\''):
         OneSidedShampoo([weight(3, 4)], side="both")
+    with pytest.raises(ValueError, match=r'side must be "auto", "left" or "right", got \'both\''):
+        OneSidedShampoo([{"params": [weight(3, 4)], "side": "both"}])
     with pytest.raises(TypeError, match="exponents must be left out"):
         OneSidedShampoo([weight(3, 4)], exponents=0.5)
 

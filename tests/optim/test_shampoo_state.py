@@ -140,8 +140,81 @@ def test_the_group_of_a_saved_state_decides():
 def test_a_state_before_the_first_step():
     w, v = parameters(), parameters()
     second = Shampoo(v, lr=3.0)
+    # A scheduler's own entries are no options.
+    second.param_groups[0]["initial_lr"] = 3.0
     second.load_state_dict(Shampoo(w, lr=0.1).state_dict())
     first = Shampoo(w, lr=0.1)
     run(first, 0, 2)
     run(second, 0, 2)
     assert all(torch.equal(p, q) for p, q in zip(w, v))
+
+
+@pytest.mark.parametrize("key", ["momentum", "second_moment", "step"])
+def test_states_that_are_not_whole(key):
+    w = parameters()
+    optimizer = Shampoo(w, grafting="adam")
+    run(optimizer, 0, 2)
+    saved = through_a_file(optimizer.state_dict())
+    del saved["state"][0][key]
+    with pytest.raises(ValueError, match=rf"parameter 0 of group 0, .* must hold .* got none for .*{key}"):
+        optimizer.load_state_dict(saved)
+    for vector in ("exp_avg", "exp_avg_sq", "step"):
+        saved = through_a_file(optimizer.state_dict())
+        del saved["state"][4][vector]
+        with pytest.raises(ValueError, match=rf"parameter 4 of group 0, .* must hold .* got none for \['{vector}'\]"):
+            optimizer.load_state_dict(saved)
+
+
+def test_states_of_other_optimizers_and_groups():
+    """AdamW's state of vectors fits in shape; its options are not Shampoo's. Other groups: torch refuses."""
+    vector = nn.Parameter(torch.randn(4))
+    other = torch.optim.AdamW([vector])
+    run(other, 0, 1)
+    with pytest.raises(ValueError, match=r"saved group 0 must have Shampoo's options, got none for \['accumulation', "):
+        Shampoo([vector]).load_state_dict(other.state_dict())
+    a, b = parameters()[:2]
+    one, two = Shampoo([a, b]), Shampoo([{"params": [a]}, {"params": [b]}])
+    run(one, 0, 1)
+    for target, source in ((two, one), (one, two)):
+        with pytest.raises(ValueError, match="parameter group"):
+            target.load_state_dict(source.state_dict())
+    saved = one.state_dict()
+    saved["param_groups"][0]["ridge"] = -1.0
+    with pytest.raises(ValueError, match=r"ridge must be at least 0, got -1.0"):
+        one.load_state_dict(saved)
+
+
+def test_hooks_change_what_is_loaded():
+    w = parameters()
+    optimizer = Shampoo(w)
+    run(optimizer, 0, 2)
+    saved = through_a_file(optimizer.state_dict())
+
+    def halve(_, state):
+        momentum = 0.5 * state["state"][0]["momentum"]
+        return {**state, "state": {**state["state"], 0: {**state["state"][0], "momentum": momentum}}}
+
+    optimizer.register_load_state_dict_pre_hook(halve)
+    optimizer.load_state_dict(saved)
+    assert torch.equal(optimizer.state[w[0]]["momentum"], 0.5 * saved["state"][0]["momentum"])
+    assert torch.equal(optimizer.state[w[1]]["momentum"], saved["state"][1]["momentum"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_states_of_another_dtype(dtype):
+    """A float32 run goes on in other weights' dtype: state becomes float64 or stays float32, AdamW's that of the
+    weights, which in float64 loses nothing."""
+    w, v = parameters(), [nn.Parameter(p.detach().to(dtype)) for p in parameters()]
+    first, second = Shampoo(w), Shampoo(v)
+    run(first, 0, 3)
+    second.load_state_dict(first.state_dict())
+    momentum = first.state[w[0]]["momentum"].double().clone()
+    for optimizer in (first, second):
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    wide = torch.promote_types(dtype, torch.float32)
+    state = second.state[v[0]]
+    assert {state[k].dtype for k in state if k != "step"} == {wide}
+    assert {second.state[v[4]][k].dtype for k in ("exp_avg", "exp_avg_sq")} == {dtype}
+    torch.testing.assert_close(state["momentum"].double(), 0.9 * momentum, rtol=1e-6, atol=0)

@@ -167,3 +167,76 @@ def test_errors(options, message):
     shape = options.pop("shape", (2, 3))
     with pytest.raises(ValueError, match=message):
         Structured([nn.Parameter(torch.randn(shape))], **{"lr": 0.1, **options})
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-12])
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", list(STRUCTURES))
+def test_projections_without_full_rank(name, dtype, scale, eps):
+    """Tall matrices, a row of zeros, eigenvalues that rounding put below 0: finite steps, no longer than eps allows."""
+    w = nn.Parameter(torch.zeros(6, 4, dtype=dtype))
+    optimizer = Structured([w], 1.0, structure=name, eps=eps)
+    for _ in range(4):
+        before = w.detach().clone()
+        w.grad = scale * torch.randn(6, 4, dtype=dtype)
+        w.grad[2] = 0.0
+        optimizer.step()
+        assert w.isfinite().all()
+        assert (w - before).norm() > 0
+        if eps:
+            assert (w - before).norm() <= 1.01 * w.grad.norm() / eps**0.5
+
+
+def test_pseudo_inverse_of_a_singular_projection():
+    values = torch.tensor([4.0, 0.0, -1e-17], dtype=torch.float64)
+    half, ten = (
+        torch.tensor([0.5, 0.0, 0.0], dtype=torch.float64),
+        torch.tensor([4.01, 0.01, 0.01], dtype=torch.float64),
+    )
+    torch.testing.assert_close(matrix_power(torch.diag(values), -0.5), torch.diag(half))
+    basis = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
+    ridged = matrix_power(basis @ torch.diag(values) @ basis.T, -0.5, 1e-2)
+    torch.testing.assert_close(ridged, basis @ torch.diag(ten.pow(-0.5)) @ basis.T, rtol=1e-9, atol=1e-9)
+
+
+def test_structure_of_each_group():
+    """As optimizers of their own; a group that breaks a rule leaves the optimizer as it was."""
+    a, b = (nn.Parameter(torch.randn(ROWS, COLS, dtype=torch.float64)) for _ in range(2))
+    copies = [nn.Parameter(p.detach().clone()) for p in (a, b)]
+    optimizer = Structured([{"params": [a]}, {"params": [b], "structure": "full-history"}], 0.1, structure="left")
+    alone = [Structured([copies[0]], 0.1, structure="left"), Structured([copies[1]], 0.1, structure="full-history")]
+    for _ in range(3):
+        a.grad, b.grad = gradients(2)
+        copies[0].grad, copies[1].grad = a.grad, b.grad
+        for o in (optimizer, *alone):
+            o.step()
+    assert torch.equal(a, copies[0])
+    assert torch.equal(b, copies[1])
+    with pytest.raises(ValueError, match=r"parameters must be matrices for 'left', got \(3,\)"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.randn(3))]})
+    with pytest.raises(ValueError, match=r"lr must be positive, got -3"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.randn(3, 2))], "lr": -3})
+    assert len(optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize("name", ["norm", "diagonal", "full", "full-history"])
+def test_absent_gradients_of_one_preconditioner(name):
+    """They count as zeros in the vector, and their parameter stays."""
+    a, b = (nn.Parameter(torch.randn(s, dtype=torch.float64)) for s in ((2, 3), (4,)))
+    c, d = (nn.Parameter(p.detach().clone()) for p in (a, b))
+    ours, truth = (Structured(ps, 0.1, structure=name, layerwise=False) for ps in ([a, b], [c, d]))
+    for t in range(3):
+        a.grad = c.grad = torch.randn(2, 3, dtype=torch.float64)
+        b.grad = d.grad = torch.randn(4, dtype=torch.float64)
+        kept = b.detach().clone()
+        if t == 1:
+            b.grad, d.grad = None, torch.zeros(4, dtype=torch.float64)
+        ours.step()
+        truth.step()
+        if t == 1:
+            assert torch.equal(b, kept)
+            with torch.no_grad():
+                d.copy_(b)
+    torch.testing.assert_close(a, c, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(b, d, rtol=1e-12, atol=1e-12)

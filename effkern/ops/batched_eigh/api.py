@@ -51,7 +51,8 @@ def batched_eigh(matrices: Tensor, *, method: str = "auto", impl: str = "auto") 
         NotImplementedError: impl cannot run on the device, or covers no such n; matrices require a gradient.
 
     Memory: the results; per thread 16 (float64) or 32 (float32) matrices. Deterministic, whatever the threads.
-    At most 40 sweeps, so that every call ends. No host read on CUDA.
+    At most 40 sweeps, so that every call ends. "cuda" reads nothing on the host; torch.linalg.eigh, so "lapack" and
+    "reference" on CUDA, waits for the device.
     Source: cyclic Jacobi as in Golub and Van Loan, Matrix Computations, section 8.5; stopping rule: Demmel and Veselic,
     Jacobi's method is more accurate than QR, 1992.
     """

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from effkern.ops.lora_rite import stages
+from effkern.ops.lora_rite.advance import advance_
 from effkern.ops.lora_rite.group import OP, RiteGroup, check_grads
 from effkern.ops.lora_rite.reference import RiteOptions
 from effkern.ops.lora_rite.stages import Products, Reduce
@@ -57,8 +58,9 @@ def lora_rite_step_(
         NotImplementedError: impl does not cover the device or the dtype.
 
     Memory: r x r matrices, and tiles; with impl="plain" copies of one factor. Deterministic: "cpp" gives the same bits
-    whatever the number of threads. No host read on CUDA; with "triton" and effkern._C_cuda five launches per group;
-    addresses go to the device when they change, so that a CUDA graph can hold the step.
+    whatever the number of threads. On CUDA "triton" with effkern._C_cuda reads nothing on the host and takes five
+    launches per group; addresses go to the device when they change, so that a CUDA graph can hold the step. "plain",
+    and "triton" without that module, wait for the device in torch.linalg.eigh.
     Source: see reference.rite_step; the whitened Gram form is our own.
     """
     if not len(groups) == len(grads) == len(lrs) == len(options):
@@ -95,7 +97,7 @@ def lora_rite_step_(
         group = part.group
         seen = all_traces.to(group.whiten.device)
         update = stages.precondition_(group, h, seen, rates, scale, terms, impl)
-        stages.advance_(group, given, update, terms.tolerance, reduce, impl)
+        advance_(group, given, update, terms.tolerance, reduce, impl)
         put_back(part)
         gate = update.gate
     return gate

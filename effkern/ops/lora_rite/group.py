@@ -1,5 +1,6 @@
 """All LoRA factors of one rank, with what LoRA-RITE keeps of them."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,9 +103,20 @@ def check_factors(factors: Any, wide: Any) -> int:
         if own != rank:
             where = "rows" if is_wide else "columns"
             raise ValueError(f"{OP}: factors[{i}] must have rank {rank} as factors[0] ({where}), got {tuple(x.shape)}")
+    _check_apart(factors)
     if rank > MAX_RANK:
         raise ValueError(f"{OP}: factors must have a rank of at most {MAX_RANK}, got {rank}")
     return rank
+
+
+def _check_apart(factors: Sequence[Tensor]) -> None:
+    """Threads write them at the same time: no two may share memory."""
+    if factors[0].device.type == "meta":
+        return
+    starts = sorted((x.data_ptr(), x.numel() * x.element_size(), i) for i, x in enumerate(factors))
+    for (start, size, i), (following, _, j) in itertools.pairwise(starts):
+        if start + size > following:
+            raise ValueError(f"{OP}: factors must not share memory, got factors[{min(i, j)}] and factors[{max(i, j)}]")
 
 
 def check_grads(grads: Any, group: RiteGroup) -> list[Tensor]:

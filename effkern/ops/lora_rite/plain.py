@@ -1,4 +1,6 @@
-"""The whitened-Gram form in plain PyTorch: any device, float32 and float64, no host read on CUDA.
+"""The whitened-Gram form in plain PyTorch: any device, float32 and float64.
+
+No result is read here, but on CUDA torch.linalg.eigh and eigvalsh wait for the device to check that they converged.
 
 What the kernels compute, in the same order of stages. Tall products take the factors' dtype, r x r work float64.
 F factors, r rank, `other` the neighbour of a pair. Symbols of the paper: whiten is R^-1 up to a rotation, transport P.

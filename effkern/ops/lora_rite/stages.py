@@ -63,7 +63,7 @@ def choose(impl: str, like: Tensor, rank: int) -> str:
     return "plain"
 
 
-def _small_compiled(impl: str, like: Tensor, rank: int) -> bool:
+def small_compiled(impl: str, like: Tensor, rank: int) -> bool:
     """Whether the r x r stages run compiled; impl="triton" without the compiled module takes their plain form."""
     if impl == "plain" or like.dtype != torch.float32:
         return False
@@ -107,7 +107,7 @@ def precondition_(
     """
     like = group.factors[0]
     state = (group.whiten, group.second, group.transport, group.escaped, group.steps)
-    if not _small_compiled(impl, like, group.rank):
+    if not small_compiled(impl, like, group.rank):
         return Update(
             *plain.precondition_(grams, all_traces, group.rows, lr, grad_scale, *state, terms)
         )  # fmt: skip
@@ -137,7 +137,7 @@ def rebase_(group: RiteGroup, products: Products, gate: Tensor | None, tolerance
     """whiten, transport and exact of the factors as they are now."""
     single = group.factors[0].dtype == torch.float32
     arguments = (*products, gate, group.whiten, group.transport, group.exact, single, tolerance)
-    if _small_compiled(impl, group.factors[0], group.rank):
+    if small_compiled(impl, group.factors[0], group.rank):
         torch.ops.effkern.lora_rite_rebase_(*arguments)
     else:
         plain.rebase_(*arguments)
@@ -162,28 +162,6 @@ def unmagnified(
     h = h if reduce is None else reduce(group, h)
     h = h if grad_scale is None else h * grad_scale.square()
     return h, traces(group, h, skip_rms)
-
-
-def advance_(
-    group: RiteGroup,
-    grads: Sequence[Tensor],
-    update: Update,
-    tolerance: float,
-    reduce: Reduce | None = None,
-    impl: str = "auto",
-) -> None:
-    """update_ and rebase_ of a group, with the sums over rows in between."""
-    lists = (group.factors, group.moments, grads, group.wide)
-    if choose(impl, group.factors[0], group.rank) == "triton" and reduce is None:
-        from effkern.ops.lora_rite import triton
-
-        single = group.factors[0].dtype == torch.float32
-        if triton.advance_(*lists, update, group.whiten, group.transport, group.exact, single, tolerance):
-            return
-    products = update_(*lists, update, group.whiten, group.exact, impl=impl)
-    if reduce is not None:
-        products = Products(*(reduce(group, x) for x in products))
-    rebase_(group, products, update.gate, tolerance, impl)
 
 
 def traces(group: RiteGroup, grams: Tensor, skip_rms: float) -> Tensor:

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from effkern import native
+from effkern.ops import addresses
 
 # From 32 on the four matrices and the sums of a block do not fit the registers of a program.
 MAX_RANK = 16
@@ -246,9 +247,6 @@ class Plan(NamedTuple):
 
 
 _PLANS: dict[tuple, Plan] = {}
-_TABLES: dict[tuple, Tensor] = {}
-# Tables of gradients that moved are of no more use.
-_MOST_TABLES = 64
 
 
 def _plan(tensors: Sequence[Tensor], wide: Sequence[bool]) -> Plan:
@@ -278,15 +276,10 @@ def _plan(tensors: Sequence[Tensor], wide: Sequence[bool]) -> Plan:
 
 
 def _table(tensors: Sequence[Tensor]) -> Tensor:
-    addresses, device = tuple(t.data_ptr() for t in tensors), tensors[0].device
-    if any(address % 16 for address in addresses):
+    found, device = [t.data_ptr() for t in tensors], tensors[0].device
+    if any(address % 16 for address in found):
         raise ValueError("lora_rite: tensors must start at a multiple of 16 bytes for impl='triton'")
-    key = (device, addresses)
-    if key not in _TABLES:
-        while len(_TABLES) >= _MOST_TABLES:
-            del _TABLES[next(iter(_TABLES))]
-        _TABLES[key] = torch.tensor(addresses, dtype=torch.int64).to(device, non_blocking=True)
-    return _TABLES[key]
+    return addresses.table(found, device)
 
 
 def _gram_tiles(tensors: Sequence[Tensor], plan: Plan, whiten: Tensor | None, other: bool) -> Tensor:

@@ -6,7 +6,7 @@ by exp(-2 pi^2 / (log(1 / delta) + 3)) per pole (Hale, Higham, Trefethen 2008).
 """
 
 import math
-from functools import cache
+from functools import lru_cache
 
 import torch
 
@@ -34,7 +34,7 @@ def terms(exponent: float, ridge: float) -> tuple[tuple[float, ...], tuple[float
 terms._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@cache
+@lru_cache(maxsize=256)
 def _terms(exponent: float, ridge: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
     delta = ridge / (1.0 + ridge)
     for count in range(2, MOST_TERMS + 1):

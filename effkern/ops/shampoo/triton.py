@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
+from effkern.ops import addresses
 from effkern.ops.shampoo import iterations
 from effkern.ops.shampoo.common import count, guard, lambda_max, probe_residual
 from effkern.ops.shampoo.methods import METHODS, PRECISIONS, root_of
@@ -31,6 +33,12 @@ class Launch(NamedTuple):
 # the largest a depth of 32 spills on sm_80.
 LAUNCHES = [(32, Launch(32, 32, 4, 2)), (256, Launch(64, 32, 4, 3)), (1 << 30, Launch(128, 16, 8, 3))]
 ELEMENTS = 1024
+TYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
 
 
 def launch_for(side: int) -> Launch:
@@ -141,39 +149,45 @@ def apply_(
     failures: Tensor | None,
 ) -> Tensor:
     rows, columns = weights[0].shape
-    batch, grid = len(weights), (triton.cdiv(rows * columns, ELEMENTS),)
+    batch, tiles = len(weights), triton.cdiv(rows * columns, ELEMENTS)
     U = torch.empty((batch, rows, columns), dtype=torch.float32, device=weights[0].device)
     if U.numel() == 0:
         count(failures, torch.ones(batch, dtype=torch.bool, device=U.device))
         return torch.zeros(batch, dtype=torch.float32, device=U.device)
-    squares = []
-    for b, g in enumerate(grads):
-        m = momenta[b] if momenta else g
-        direction_kernel[grid](
-            g, m, U[b], rows, columns, *g.stride(), *m.stride(), momentum_decay, momentum_weight,
+    blocks, types = (
+        _table(grads, momenta or grads, weights),
+        [TYPES[t[0].dtype] for t in (grads, momenta or grads, weights)],
+    )
+    with torch.cuda.device_of(U):
+        direction_kernel[(tiles, batch)](
+            blocks, U, rows, columns, momentum_decay, momentum_weight, GRAD=types[0], MOMENTUM=types[1],
             HAS_MOMENTUM=bool(momenta), NESTEROV=nesterov, BLOCK=ELEMENTS,
         )  # fmt: skip
-        squares.append(torch.linalg.vector_norm(g, dtype=torch.float32))
+    lengths = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32))
     if left is not None:
         U = product(left, U)
     if right is not None:
         U = product(U, right)
     size = torch.linalg.vector_norm(U, dim=(1, 2))
-    ok = torch.isfinite(torch.stack(squares)) & torch.isfinite(size)
+    ok = torch.isfinite(lengths) & torch.isfinite(size)
     step = torch.ones_like(size)
     if norms is not None or norm > 0.0:
         step = torch.where(size > 0.0, (norm if norms is None else norms) / size, 0.0)
     keep = ok.to(torch.int32)
-    for b, w in enumerate(weights):
-        g = grads[b]
-        m = momenta[b] if momenta else w
-        update_kernel[grid](
-            w, m, g, U[b], keep[b:], step[b:], step if lr_tensor is None else lr_tensor, rows, columns, *w.stride(),
-            *m.stride(), *g.stride(), momentum_decay, momentum_weight, lr, weight_decay,
+    with torch.cuda.device_of(U):
+        update_kernel[(tiles, batch)](
+            blocks, U, keep, step, step if lr_tensor is None else lr_tensor, rows, columns, momentum_decay,
+            momentum_weight, lr, weight_decay, GRAD=types[0], MOMENTUM=types[1], WEIGHT=types[2],
             HAS_MOMENTUM=bool(momenta), HAS_LR=lr_tensor is not None, BLOCK=ELEMENTS,
         )  # fmt: skip
     count(failures, ok)
     return torch.where(ok, size, float("nan"))
+
+
+def _table(*lists: list[Tensor]) -> Tensor:
+    """A row for each block: of each list's tensor the address and the two strides."""
+    numbers = [n for tensors in zip(*lists) for t in tensors for n in (t.data_ptr(), *t.stride())]
+    return addresses.table(numbers, lists[0][0].device)
 
 
 def _product_case(launch: Launch, precision: str, mirror: bool, dtype: str = "fp32", keep: bool = False) -> tuple:
@@ -188,15 +202,12 @@ def _product_case(launch: Launch, precision: str, mirror: bool, dtype: str = "fp
 
 
 def _element_case(kernel: Any, **flags: Any) -> tuple:
-    def kind(name: str) -> str:
-        if name.endswith("_ptr"):
-            kinds = {"keep_ptr": "*i32", "lr_ptr": "*fp64", "grad_ptr": "*bf16", "weight_ptr": "*bf16"}
-            return kinds.get(name, "*fp32")
-        if name in ("decay", "weight", "momentum_decay", "momentum_weight", "lr", "weight_decay"):
-            return "fp32"
-        return "i32"
+    kinds = {"table_ptr": "*i64", "keep_ptr": "*i32", "lr_ptr": "*fp64", "rows": "i32", "columns": "i32"}
 
-    constants = {**flags, "BLOCK": ELEMENTS}
+    def kind(name: str) -> str:
+        return kinds.get(name, "*fp32" if name.endswith("_ptr") else "fp32")
+
+    constants = {**flags, "HAS_MOMENTUM": True, "GRAD": tl.bfloat16, "MOMENTUM": tl.float32, "BLOCK": ELEMENTS}
     return kernel, {n: kind(n) for n in kernel.arg_names if n not in constants}, constants, 4
 
 
@@ -208,6 +219,6 @@ COMPILE_CASES = {
     if not (mirror and precision == "bf16x3")
 } | {
     "gram_bf16": _product_case(LAUNCHES[-1][1], "tf32x3", True, "bf16", True),
-    "direction": _element_case(direction_kernel, HAS_MOMENTUM=True, NESTEROV=True),
-    "update": _element_case(update_kernel, HAS_MOMENTUM=True, HAS_LR=True),
+    "direction": _element_case(direction_kernel, NESTEROV=True),
+    "update": _element_case(update_kernel, WEIGHT=tl.bfloat16, HAS_LR=True),
 }

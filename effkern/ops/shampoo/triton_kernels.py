@@ -76,47 +76,60 @@ def product_kernel(
         tl.store(out + r[:, None] * out_row + c[None, :], acc, mask=inside)
 
 
+# A row of a table: of a block's gradient, momentum and weight each the address and the two strides.
+ROW = tl.constexpr(9)
+
+
+@triton.jit
+def _elements(entry, r, c, TYPE: tl.constexpr):
+    return tl.load(entry).to(tl.pointer_type(TYPE)) + r * tl.load(entry + 1) + c * tl.load(entry + 2)
+
+
 @triton.jit
 def direction_kernel(
-    grad_ptr, momentum_ptr, out_ptr, rows, columns, grad_row, grad_column, momentum_row, momentum_column,
-    decay, weight,
-    HAS_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, BLOCK: tl.constexpr,
+    table_ptr, out_ptr, rows, columns, decay, weight,
+    GRAD: tl.constexpr, MOMENTUM: tl.constexpr, HAS_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out = what the roots are applied to, of one block."""
+    b = tl.program_id(1).to(tl.int64)
+    entry = table_ptr + b * ROW
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < rows.to(tl.int64) * columns
+    size = rows.to(tl.int64) * columns
+    inside = at < size
     r, c = at // columns, at % columns
-    d = tl.load(grad_ptr + r * grad_row + c * grad_column, mask=inside, other=0.0).to(tl.float32)
+    d = tl.load(_elements(entry, r, c, GRAD), mask=inside, other=0.0).to(tl.float32)
     if HAS_MOMENTUM:
-        m = tl.load(momentum_ptr + r * momentum_row + c * momentum_column, mask=inside, other=0.0).to(tl.float32)
+        m = tl.load(_elements(entry + 3, r, c, MOMENTUM), mask=inside, other=0.0).to(tl.float32)
         m = decay * m + weight * d
         d = decay * m + weight * d if NESTEROV else m
-    tl.store(out_ptr + at, d, mask=inside)
+    tl.store(out_ptr + b * size + at, d, mask=inside)
 
 
 @triton.jit
 def update_kernel(
-    weight_ptr, momentum_ptr, grad_ptr, update_ptr, keep_ptr, step_ptr, lr_ptr,
-    rows, columns, weight_row, weight_column, momentum_row, momentum_column, grad_row, grad_column,
-    momentum_decay, momentum_weight, lr, weight_decay,
-    HAS_MOMENTUM: tl.constexpr, HAS_LR: tl.constexpr, BLOCK: tl.constexpr,
+    table_ptr, update_ptr, keep_ptr, step_ptr, lr_ptr, rows, columns, momentum_decay, momentum_weight, lr, weight_decay,
+    GRAD: tl.constexpr, MOMENTUM: tl.constexpr, WEIGHT: tl.constexpr, HAS_MOMENTUM: tl.constexpr, HAS_LR: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """W <- (1 - lr decay) W - lr s U and the momentum, of one block, unless it is to stay as it is."""
-    if tl.load(keep_ptr) == 0:
+    b = tl.program_id(1).to(tl.int64)
+    entry = table_ptr + b * ROW
+    if tl.load(keep_ptr + b) == 0:
         return
     if HAS_LR:
         lr = tl.load(lr_ptr).to(tl.float32)
-    step = tl.load(step_ptr)
+    step = tl.load(step_ptr + b)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < rows.to(tl.int64) * columns
+    size = rows.to(tl.int64) * columns
+    inside = at < size
     r, c = at // columns, at % columns
-    w = weight_ptr + r * weight_row + c * weight_column
-    u = tl.load(update_ptr + at, mask=inside, other=0.0)
+    w = _elements(entry + 6, r, c, WEIGHT)
+    u = tl.load(update_ptr + b * size + at, mask=inside, other=0.0)
     new = (1.0 - lr * weight_decay) * tl.load(w, mask=inside, other=0.0).to(tl.float32) - lr * step * u
     tl.store(w, new, mask=inside)
     if HAS_MOMENTUM:
-        m = momentum_ptr + r * momentum_row + c * momentum_column
-        g = tl.load(grad_ptr + r * grad_row + c * grad_column, mask=inside, other=0.0).to(tl.float32)
+        m = _elements(entry + 3, r, c, MOMENTUM)
+        g = tl.load(_elements(entry, r, c, GRAD), mask=inside, other=0.0).to(tl.float32)
         tl.store(
             m, momentum_decay * tl.load(m, mask=inside, other=0.0).to(tl.float32) + momentum_weight * g, mask=inside
         )

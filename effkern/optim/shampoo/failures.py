@@ -8,12 +8,16 @@ from torch import Tensor
 
 ROOT = "root"
 GRADIENT = "gradient"
+UPDATE = "update"
+ADAMW = "AdamW's gradient"
 
 Counters = list[tuple[str, Sequence[str], Tensor]]
 
 _KEPT = {
     ROOT: "inverse root of {} failed; it keeps the one before",
     GRADIENT: "gradient of {} is not finite; factor, root, momentum and weight of that block stay as they were",
+    UPDATE: "update of {} is not finite, for its momentum or root; momentum and weight of that block stay as they were",
+    ADAMW: "gradient of {} is not finite; what AdamW steps in its group stays as it was",
 }
 
 
@@ -62,5 +66,5 @@ class Watch:
             if count >= limit:
                 raise RuntimeError(
                     f"Shampoo: {kind} of {name} must be finite, got {count} failures in a row (max_failures={limit}); "
-                    "what was not reached by them is as after a step without this block"
+                    "all else has taken this step"
                 )

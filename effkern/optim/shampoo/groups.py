@@ -9,8 +9,8 @@ from torch import nn
 from effkern.optim.shampoo import blocks
 from effkern.optim.shampoo.optimizer import Shampoo
 from effkern.optim.shampoo.options import exponents_of, sides_of
-from effkern.optim.shampoo.state import expected_shapes, wide
-from effkern.optim.shampoo.step import state_keys
+from effkern.optim.shampoo.saved import expected_shapes, state_keys
+from effkern.optim.shampoo.state import wide
 
 
 def parameter_groups(

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from effkern.optim.shampoo import step as steps
-from effkern.optim.shampoo.adamw import adamw_, is_fused
 from effkern.optim.shampoo.blocks import is_matrix
 from effkern.optim.shampoo.failures import Watch
-from effkern.optim.shampoo.options import Frequency, check_group, check_parameter
-from effkern.optim.shampoo.state import Plan, build, expected_shapes, make_entry
+from effkern.optim.shampoo.options import Frequency, as_floats, check_group, check_impl, check_parameter
+from effkern.optim.shampoo.saved import ORDER, check_groups, check_state
+from effkern.optim.shampoo.state import Plan, build, make_entry
 
 # Options that decide which factors there are: they are fixed once a group has stepped.
 _FIXED = ("side", "exponents", "accumulation", "block_size", "rule")
@@ -32,7 +32,8 @@ class Shampoo(torch.optim.Optimizer):
     c is the bias correction of M, L and R, g the grafting factor (grafting.py). Negative eigenvalues are clamped at 0
     before the ridge is added. A block without a root yet moves along M.
 
-    A convolution [o, i, ..] is a matrix o x (i ..). Matrices are cut into blocks of at most block_size along the sides
+    A convolution [o, i, ..] is a matrix o x (i ..); so is a stack of matrices [e, m, n], which is better passed as e
+    parameters. Matrices are cut into blocks of at most block_size along the sides
     in use, each with factors and grafting of its own; a side not in use is not cut. Blocks of one shape of all
     parameters of a group share their calls.
 
@@ -49,15 +50,19 @@ class Shampoo(torch.optim.Optimizer):
         bias_correction: of M, and of L and R under "ema" and "kl".
         weight_decay: decoupled, >= 0.
         grafting: "none", "rms" (the root mean square of g U is graft_scale), "sgd", "adagrad", "rmsprop", "adam".
-        ridge: >= 0, relative to the largest eigenvalue of the factor.
+        ridge: >= 0, relative to the largest eigenvalue of the factor. With 0 a factor without full rank makes steps of
+            any size out of rounding errors: pseudo_inverse is for that.
         pseudo_inverse: eigenvalues up to this part of the largest are left out instead; None: none is.
         block_size: >= 1.
         precondition_frequency: steps between two roots, or a schedule ((1, f1), (step2, f2), ..): f2 from step2 on.
-            Roots are taken at start_step and at multiples of the frequency.
+            Roots are taken at start_step and at multiples of the frequency. On the CPU a block whose gradients were
+            all zero by then gets its root with its first gradient; on a device, which is not waited for, at the next
+            multiple, and moves along M until then.
         start_step: before it the grafted method alone steps, while the factors gather.
         rule: "auto" gives Shampoo what has two rows and two columns at least and AdamW the rest; "shampoo" refuses the
             rest; "adamw" gives everything to AdamW.
-        root_method: of effkern.ops.shampoo.inverse_root.
+        root_method: of effkern.ops.shampoo.inverse_root; "auto" is "eigh" for float64 parameters, and else what is
+            fast, to some 1e-3.
         adamw_betas: of what AdamW steps; the second also of grafting's second moment.
         eps: of AdamW and of grafting.
         max_failures, check_every: below.
@@ -67,13 +72,15 @@ class Shampoo(torch.optim.Optimizer):
 
     Failures: a block whose gradient is not finite keeps factor, root, momentum and weight; a root that fails leaves the
     one before. Either warns once with the parameter's name and raises RuntimeError after max_failures in a row. On the
-    CPU counters are read after each step; on a device every check_every steps, without waiting for it. Parameters that
-    AdamW steps have no such guard.
+    CPU counters are read after each step; on a device every check_every steps, without waiting for it. What AdamW
+    steps in a group stays as it is, all of it, where one of its gradients is not finite. A step that a matrix keeps out
+    of still counts for its bias correction; that matters for grafting "none" in the first steps alone.
 
     State: momentum (second moment) in float32 and 2 p^2 float32 per block and side; float64 for float64 parameters.
-    Memory beside it: at most one batch of blocks of one shape with grafting "none" and "rms", some with the others,
-    before start_step, and for shards (docs/shampoo.md). DTensors may be cut along one mesh dimension by Shard.
-    Deterministic.
+    Frozen parameters have none. Memory beside it: at most one batch of blocks of one shape with grafting "none" and
+    "rms", two with "kl", up to eight with the other graftings, before start_step, and for shards (docs/shampoo.md).
+    Parameters may change their strides between steps: the state follows, but for right factors that are cut, of a
+    weight of three or more dimensions. DTensors may be cut along one mesh dimension by Shard. Deterministic.
 
     Raises:
         ValueError: an option breaks a rule, or a weight is no matrix in memory.
@@ -118,13 +125,14 @@ class Shampoo(torch.optim.Optimizer):
             "root_method": root_method, "adamw_betas": adamw_betas, "eps": eps, "max_failures": max_failures,
             "check_every": check_every,
         }  # fmt: skip
+        check_impl(impl)
         self._reset()
         self.root_group, self._impl = root_group, impl
         super().__init__(params, defaults)
 
     def _reset(self) -> None:
         """What is made again from the state where it is missing."""
-        self._plans: dict[int, tuple[tuple[Any, ...], Plan]] = {}
+        self._plans: dict[int, tuple[tuple[Any, ...], tuple[Any, ...], Plan]] = {}
         self._watches: dict[int, Watch] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -171,25 +179,33 @@ class Shampoo(torch.optim.Optimizer):
         return group["rule"] != "adamw" and is_matrix(tuple(parameter.shape))
 
     def _plan(self, number: int) -> Plan:
+        """What a step of the group does; made again where its parameters, or how they lie in memory, have changed."""
         group = self.param_groups[number]
-        key = tuple(group[name] for name in _FIXED)
+        check_group(group, warn=False)
+        # Frozen parameters cost no memory before they have a gradient.
+        members = [p.requires_grad or p.grad is not None or p in self.state for p in group["params"]]
+        key = tuple((id(p), use, p.shape, p.stride(), p.dtype, p.device) for p, use in zip(group["params"], members))
+        options = tuple(group[name] for name in _FIXED)
         found = self._plans.get(number)
-        if found is not None and len(group["params"]) == len(found[1].entries) + len(found[1].adamw):
-            if found[0] != key:
+        if found is not None and found[0] == key:
+            if found[1] != options:
                 raise ValueError(
                     f"Shampoo: {', '.join(_FIXED)} of group {number} must stay as they were at its first step, got "
-                    f"{key} after {found[0]}"
+                    f"{options} after {found[1]}"
                 )
-            return found[1]
-        check_group(group, warn=False)
+            return found[2]
         entries, plain = [], []
-        for i, parameter in enumerate(group["params"]):
-            if self.uses_shampoo(group, parameter):
-                entries.append(make_entry(group, parameter, self._name(number, i), self.state[parameter]))
+        for i, (parameter, use) in enumerate(zip(group["params"], members)):
+            if not use:
+                continue
+            name, state, is_ours = self._name(number, i), self.state[parameter], self.uses_shampoo(group, parameter)
+            check_state(group, parameter, name, state, uses_shampoo=is_ours, complete=False)
+            if is_ours:
+                entries.append(make_entry(group, parameter, name, state))
             else:
-                plain.append((parameter, self.state[parameter]))
+                plain.append((name, parameter, state))
         plan = build(group, entries, plain)
-        self._plans[number] = (key, plan)
+        self._plans[number] = (key, options, plan)
         return plan
 
     @torch.no_grad()
@@ -198,7 +214,8 @@ class Shampoo(torch.optim.Optimizer):
 
         Raises:
             TypeError: a gradient is sparse; nothing was changed.
-            RuntimeError: a root or a gradient failed max_failures times in a row.
+            ValueError: an option breaks a rule by now, or a weight is no matrix in memory; nothing was changed.
+            RuntimeError: a root or a gradient failed max_failures times in a row; all else has taken the step.
         """
         loss = None
         if closure is not None:
@@ -210,18 +227,20 @@ class Shampoo(torch.optim.Optimizer):
                     raise TypeError(
                         f"Shampoo: gradient of {self._name(number, i)} must be dense, got {parameter.grad.layout}"
                     )
-        for number, group in enumerate(self.param_groups):
-            plan = self._plan(number)
-            adamw_(group, plan.adamw)
+        plans = [self._plan(number) for number in range(len(self.param_groups))]
+        self._plans = {number: self._plans[number] for number in range(len(plans))}
+        for group, plan in zip(map(as_floats, self.param_groups), plans):
+            for some in plan.plain:
+                some.step_(group)
             work = steps.begin(plan, group, self.root_group, self._impl)
-            if not work.live:
-                continue
-            steps.accumulate(work)
-            steps.refresh(work)
-            steps.update(work)
+            if work.live:
+                steps.accumulate(work)
+                steps.refresh(work)
+                steps.update(work)
+                steps.touch(work)
+        for number, (group, plan) in enumerate(zip(self.param_groups, plans)):
             watch = self._watches.setdefault(number, Watch())
-            on_cpu = all(e.parameter.device.type == "cpu" for e in work.live)
-            watch.check(partial(steps.counters, plan), on_cpu, group["max_failures"], group["check_every"])
+            watch.check(partial(steps.counters, plan), plan.on_cpu, group["max_failures"], group["check_every"])
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -240,46 +259,41 @@ class Shampoo(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take a state over; every tensor keeps the dtype it was saved in.
+        """Take a state over; a tensor keeps the dtype it was saved in until its parameter steps.
+
+        Failures in a row are no part of the state: they are counted from 0 again.
 
         Raises:
-            ValueError: groups or shapes do not fit; nothing was changed.
+            ValueError: groups, options or shapes do not fit, or something is missing; nothing was changed.
         """
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        own = [(n, i, p) for n, group in enumerate(self.param_groups) for i, p in enumerate(group["params"])]
-        if len(saved) == len(own):
-            for key, (number, index, parameter) in zip(saved, own):
-                group = {**self.param_groups[number], **state_dict["param_groups"][number]}
-                self._check_state(group, parameter, self._name(number, index), state_dict["state"].get(key, {}))
-        super().load_state_dict(state_dict)
-        for key, (number, _, parameter) in zip(saved, own):
-            # torch casts state to the parameter's dtype, which would round float32 factors of bfloat16 parameters.
-            for name, value in state_dict["state"].get(key, {}).items():
-                if isinstance(value, Tensor):
-                    where = self._step_device(number, parameter) if name == "step" else parameter.device
+        taken: dict[str, Any] = {}
+
+        def take(_: Any, state: dict[str, Any]) -> None:
+            self._check_saved(state)
+            taken.update(state)
+
+        # After the user's own hooks, so that what they made of the state is what is checked and taken.
+        handle = self.register_load_state_dict_pre_hook(take)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        for keys, group in zip(taken["param_groups"], self.param_groups):
+            for key, parameter in zip(keys["params"], group["params"]):
+                # torch casts state to the parameter's dtype, which would round float32 factors of bfloat16 parameters.
+                for name, value in taken["state"].get(key, {}).items():
+                    counts = name == "step" and self.uses_shampoo(group, parameter)
+                    where = torch.device("cpu") if counts or name == ORDER else parameter.device
                     self.state[parameter][name] = value.detach().to(where).clone()
         self._reset()
 
-    def _step_device(self, number: int, parameter: Tensor) -> torch.device:
-        """Where the count of steps is: for Shampoo on the CPU, for fused AdamW beside the parameter."""
-        beside = not self.uses_shampoo(self.param_groups[number], parameter) and is_fused(parameter)
-        return parameter.device if beside else torch.device("cpu")
-
-    def _check_state(self, group: dict[str, Any], parameter: Tensor, name: str, state: dict[str, Any]) -> None:
-        if not state:
+    def _check_saved(self, saved: dict[str, Any]) -> None:
+        """Numbers of groups and of their parameters are torch's to compare."""
+        groups = saved["param_groups"]
+        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
             return
-        shapes = {key: tuple(parameter.shape) for key in ("momentum", "second_moment", "exp_avg", "exp_avg_sq")}
-        if self.uses_shampoo(group, parameter):
-            expected = expected_shapes(group, parameter)
-            shapes |= expected
-            missing = sorted(expected.keys() - state.keys())
-            if missing:
-                raise ValueError(f"Shampoo: state of {name} must hold {sorted(expected)}, got none for {missing}")
-        # Those of the parameter's own shape first: their message says more.
-        for key, value in sorted(state.items(), key=lambda item: item[0].startswith(("left", "right"))):
-            if key in shapes and tuple(value.shape) != shapes[key]:
-                raise ValueError(
-                    f"Shampoo: state {key!r} of {name} must have shape {shapes[key]}, got {tuple(value.shape)}"
-                )
-            if key not in shapes and key != "step":
-                raise ValueError(f"Shampoo: state of {name} must hold {sorted([*shapes, 'step'])}, got also {key!r}")
+        check_groups(self.defaults, groups)
+        for number, (own, other) in enumerate(zip(self.param_groups, groups)):
+            for i, (parameter, key) in enumerate(zip(own["params"], other["params"])):
+                ours, state = self.uses_shampoo(other, parameter), saved["state"].get(key, {})
+                check_state(other, parameter, self._name(number, i), state, uses_shampoo=ours)

@@ -1,11 +1,15 @@
 """What may be chosen per parameter group, and the rules that the choices obey."""
 
+import numbers
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from effkern.ops import registry
+from effkern.ops.shampoo.methods import covers
 
 SIDES = ("auto", "left", "right", "both")
 ACCUMULATIONS = ("ema", "sum", "weighted", "kl")
@@ -19,6 +23,22 @@ Frequency = int | Sequence[tuple[int, int]]
 def _require(name: str, holds: bool, rule: str, value: Any) -> None:
     if not holds:
         raise ValueError(f"Shampoo: {name} must {rule}, got {value!r}")
+
+
+def is_number(value: Any) -> bool:
+    """Of Python's or NumPy's kinds of real numbers."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def as_floats(group: dict[str, Any]) -> dict[str, Any]:
+    """The group with NumPy's numbers as Python's, which the ops ask for."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return tuple(map(one, value))
+        return float(value) if is_number(value) and not isinstance(value, (int, float)) else value
+
+    return {key: value if key == "params" else one(value) for key, value in group.items()}
 
 
 def is_whole(value: Any, least: int) -> bool:
@@ -86,7 +106,7 @@ def _check_exponents(group: dict[str, Any], warn: bool) -> None:
         return
     both = given if isinstance(given, (tuple, list)) else (given, given)
     rule = "be None, a positive number, or a pair (left, right) of them"
-    good = len(both) == 2 and all(isinstance(x, (int, float)) and 0 < x <= 2 for x in both)
+    good = len(both) == 2 and all(is_number(x) and 0 < x <= 2 for x in both)
     _require("exponents", good, rule + " of at most 2", given)
     total = sum(both) if side == "both" else both[0 if side != "right" else 1]
     usual = 1.0 if group["accumulation"] == "kl" else 0.5
@@ -105,24 +125,25 @@ def check_group(group: dict[str, Any], *, warn: bool = True) -> None:
     lr = group["lr"]
     if isinstance(lr, Tensor):
         _require("lr", lr.numel() == 1, "have one element where it is a tensor", tuple(lr.shape))
-    else:
-        _require("lr", isinstance(lr, (int, float)) and lr >= 0, "be at least 0", lr)
+        _require("lr", lr.is_floating_point(), "be floating where it is a tensor", lr.dtype)
+    for name in ("lr",) * (not isinstance(lr, Tensor)) + ("weight_decay", "ridge", "eps"):
+        value = group[name]
+        # Written so that NaN fails.
+        _require(name, is_number(value) and value >= 0, "be at least 0", value)
+        _require(name, value < float("inf"), "be finite", value)
     for name in ("betas", "adamw_betas"):
         betas = group[name]
-        good = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(0 <= b < 1 for b in betas)
+        good = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(is_number(b) and 0 <= b < 1 for b in betas)
         _require(name, good, "be two numbers in [0, 1)", betas)
     for name, known in (
         ("side", SIDES), ("accumulation", ACCUMULATIONS), ("grafting", GRAFTS), ("rule", RULES),
         ("root_method", ROOT_METHODS),
     ):  # fmt: skip
         _require(name, group[name] in known, f"be one of {known}", group[name])
-    for name in ("weight_decay", "ridge", "eps"):
-        value = group[name]
-        # Written so that NaN fails.
-        _require(name, isinstance(value, (int, float)) and value >= 0, "be at least 0", value)
-    _require("graft_scale", 0 < group["graft_scale"] < float("inf"), "be positive and finite", group["graft_scale"])
+    scale = group["graft_scale"]
+    _require("graft_scale", is_number(scale) and 0 < scale < float("inf"), "be positive and finite", scale)
     tolerance = group["pseudo_inverse"]
-    good = tolerance is None or (isinstance(tolerance, (int, float)) and 0 < tolerance < 1)
+    good = tolerance is None or (is_number(tolerance) and 0 < tolerance < 1)
     _require("pseudo_inverse", good, "be None or a share of the largest eigenvalue in (0, 1)", tolerance)
     for name in ("block_size", "start_step", "max_failures", "check_every"):
         _require(name, is_whole(group[name], 1), "be a whole number of at least 1", group[name])
@@ -133,6 +154,24 @@ def check_group(group: dict[str, Any], *, warn: bool = True) -> None:
     _require("side", not kl or group["side"] == "both", 'be "both" with accumulation="kl"', group["side"])
     _check_frequency(group["precondition_frequency"])
     _check_exponents(group, warn)
+    _check_method(group)
+
+
+def _check_method(group: dict[str, Any]) -> None:
+    """That the chosen method has the roots that are asked for."""
+    method, side = group["root_method"], group["side"]
+    if method == "auto":
+        return
+    for exponent in exponents_of(group, side != "right", side in ("right", "both")):
+        if exponent:
+            rule = covers(method, -exponent, group["ridge"], group["pseudo_inverse"])
+            _require("root_method", rule is None, f"suit the other options: {method!r} needs {rule}", method)
+
+
+def check_impl(impl: Any) -> None:
+    """Raises ValueError for what no op knows; whether it runs on a parameter's device shows at the first step."""
+    known = ("auto", *(i.name for i in registry.registered()["shampoo_apply_"]))
+    _require("impl", impl in known, f"be one of {known}", impl)
 
 
 def check_parameter(parameter: Tensor, name: str) -> None:

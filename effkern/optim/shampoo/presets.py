@@ -35,8 +35,16 @@ class OneSidedShampoo(Shampoo):
         side: Literal["auto", "left", "right"] = "auto",
         **options: Any,
     ) -> None:
-        if side not in ("auto", "left", "right"):
-            raise ValueError(f'OneSidedShampoo: side must be "auto", "left" or "right", got {side!r}')
+        _check_side(side)
         if "exponents" in options:
             raise TypeError("OneSidedShampoo: exponents must be left out (1/2); Shampoo has them")
         super().__init__(params, lr, betas, side=side, **options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        _check_side(param_group.get("side", "auto"))
+        super().add_param_group(param_group)
+
+
+def _check_side(side: Any) -> None:
+    if side not in ("auto", "left", "right"):
+        raise ValueError(f'OneSidedShampoo: side must be "auto", "left" or "right", got {side!r}')

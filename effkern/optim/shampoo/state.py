@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from effkern.optim.shampoo import blocks
+from effkern.optim.shampoo.adamw import Plain
 from effkern.optim.shampoo.options import exponents_of, sides_of
+from effkern.optim.shampoo.saved import reorder
 from effkern.optim.shampoo.sharded import Layout, is_sharded, layout_of, local, same_device_zeros
 
 
@@ -31,6 +33,8 @@ class Entry:
     """Whether it is a DTensor, whole or in parts."""
     step: int = 0
     """The number in state["step"], where no device is asked."""
+    strides: tuple[int, ...] = ()
+    """Of the local part of its states, in memory as the parameter is, without gaps."""
 
 
 class Bucket:
@@ -39,6 +43,8 @@ class Bucket:
     def __init__(self, size: int, exponent: float) -> None:
         self.size, self.exponent, self.count = size, exponent, 0
         self.names: list[str] = []
+        self.late: set[int] = set()
+        """Those whose factor was zero when their root was due: known on the CPU alone, as reading it waits."""
 
     def reserve(self, names: list[str]) -> int:
         """First place of blocks that belong to the parameters `names`."""
@@ -53,6 +59,21 @@ class Bucket:
         self.factor = torch.zeros(shape, dtype=dtype, device=device)
         self.root = torch.eye(self.size, dtype=dtype, device=device).expand(shape).clone()
         self.failures = torch.zeros(self.count, dtype=torch.int32, device=device)
+
+    def _empty(self, first: int, last: int) -> set[int]:
+        """Those of [first, last) whose factor is zero."""
+        filled = self.factor[first:last].diagonal(dim1=1, dim2=2).any(dim=1)
+        return {first + i for i, full in enumerate(filled.tolist()) if not full}
+
+    def note(self, first: int, last: int) -> None:
+        """Roots of [first, last) were due: those without a factor will be as soon as they have one."""
+        if self.factor.device.type == "cpu":
+            self.late = (self.late - set(range(first, last))) | self._empty(first, last)
+
+    def ready(self, first: int, last: int) -> list[int]:
+        """Late ones of [first, last) that have a factor by now."""
+        some = {i for i in self.late if first <= i < last}
+        return sorted(some - self._empty(min(some), max(some) + 1)) if some else []
 
 
 @dataclass(eq=False)
@@ -93,7 +114,10 @@ class Plan:
     entries: list[Entry]
     families: list[Family]
     buckets: list[Bucket]
-    adamw: list[tuple[Tensor, dict[str, Any]]]
+    plain: list[Plain]
+    """What AdamW steps, by device."""
+    on_cpu: bool
+    """Whether all of it is there, so that counters can be read without waiting."""
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -116,17 +140,16 @@ def make_entry(group: dict[str, Any], parameter: Tensor, name: str, state: dict[
             ) from None
     layout = layout_of(parameter, name, left, right)
     entry = Entry(name, parameter, state, order, shape, left, right, layout, is_sharded(parameter))
+    entry.strides = torch.empty_like(own, device="meta").stride()
     if "step" in state:
         entry.step = int(state["step"])
-    else:
-        state["step"] = torch.zeros((), dtype=torch.float32)
     return entry
 
 
 def slot(entry: Entry, key: str, dtype: torch.dtype) -> Tensor:
-    """A state tensor of the parameter's shape, laid out in memory as the parameter is."""
+    """A state tensor of the parameter's shape, laid out in memory as the parameter is, in `dtype`."""
     found = entry.state.get(key)
-    if found is None or local(found).stride() != local(entry.parameter).stride():
+    if found is None or found.dtype != dtype or local(found).stride() != entry.strides:
         fresh = same_device_zeros(entry.parameter, dtype)
         if found is not None:
             local(fresh).copy_(local(found))
@@ -142,8 +165,16 @@ def _local_cuts(entry: Entry, cuts: list[blocks.Block]) -> list[blocks.Block]:
     return [c._replace(m=rows) if entry.layout.dim == 0 else c._replace(n=cols) for c in cuts]
 
 
-def build(group: dict[str, Any], entries: list[Entry], adamw: list[tuple[Tensor, dict[str, Any]]]) -> Plan:
+def build(group: dict[str, Any], entries: list[Entry], others: list[tuple[str, Tensor, dict[str, Any]]]) -> Plan:
     """Families and buckets of the entries; factors that are in their states already move into the buckets."""
+    plain: dict[torch.device, Plain] = {}
+    for member in others:
+        plain.setdefault(member[1].device, Plain(member[1].device)).members.append(member)
+    for some in plain.values():
+        some.allocate()
+    for e in entries:
+        reorder(group, e.parameter, e.name, e.state)
+        e.state.setdefault("step", torch.zeros((), dtype=torch.float32))
     families: dict[Any, Family] = {}
     for e in entries:
         place = (e.left, e.right, e.layout, e.parameter.device, e.parameter.dtype)
@@ -165,11 +196,12 @@ def build(group: dict[str, Any], entries: list[Entry], adamw: list[tuple[Tensor,
     for (_, _, device, dtype), bucket in buckets.items():
         bucket.allocate(dtype, device)
     for family in families.values():
-        _bind(family)
-    return Plan(entries, list(families.values()), list(buckets.values()), adamw)
+        _bind(family, group["start_step"])
+    devices = {e.parameter.device.type for e in entries} | {d.type for d in plain}
+    return Plan(entries, list(families.values()), list(buckets.values()), list(plain.values()), devices <= {"cpu"})
 
 
-def _bind(family: Family) -> None:
+def _bind(family: Family, start_step: int) -> None:
     """Make the states views of the buckets."""
     for side, bucket, first in (
         ("left", family.left, family.left_first),
@@ -183,15 +215,5 @@ def _bind(family: Family) -> None:
                 if key in entry.state:
                     view.copy_(entry.state[key])
                 entry.state[key] = view
-
-
-def expected_shapes(group: dict[str, Any], parameter: Tensor) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of the factors in the state of one parameter."""
-    rows, cols = blocks.matrix_shape(tuple(parameter.shape))
-    left, right = sides_of(group["side"], rows, cols)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for number, ((m, n), cuts) in enumerate(blocks.split(rows, cols, group["block_size"], left, right).items()):
-        for side, used, size in (("left", left, m), ("right", right, n)):
-            for kind in ("", "_root") if used else ():
-                shapes[f"{side}{kind}" + (f".{number}" if number else "")] = (len(cuts), size, size)
-    return shapes
+            if entry.step >= start_step:
+                bucket.note(first + start, first + end)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from effkern.ops import shampoo as ops
 from effkern.optim.shampoo import blocks, sharded
-from effkern.optim.shampoo.failures import GRADIENT, ROOT, Counters
-from effkern.optim.shampoo.grafting import SECOND_MOMENT
+from effkern.optim.shampoo.failures import ADAMW, GRADIENT, ROOT, UPDATE, Counters
 from effkern.optim.shampoo.options import last_root_step, root_is_due
+from effkern.optim.shampoo.saved import state_keys
 from effkern.optim.shampoo.state import Bucket, Entry, Family, Plan, slot, wide
 from effkern.optim.shampoo.update import update_
 
@@ -77,9 +77,18 @@ def _take(s: Segment, of: Callable[[Entry], Tensor], *, gathered: bool = False) 
     return found
 
 
-def _gradient(entry: Entry) -> Tensor:
-    assert entry.parameter.grad is not None
-    return entry.parameter.grad
+def _gradients(s: Segment) -> list[Tensor]:
+    """Of one dtype, which parameters may leave open (grad_dtype), and not of more digits than the factors have."""
+
+    def of(entry: Entry) -> Tensor:
+        assert entry.parameter.grad is not None
+        return entry.parameter.grad
+
+    grads = _take(s, of, gathered=s.family.gathered)
+    dtypes, most = {g.dtype for g in grads}, wide(s.family.owners[0].parameter.dtype)
+    if len(dtypes) > 1 or (torch.float64 in dtypes and most != torch.float64):
+        return [g.to(most) for g in grads]
+    return grads
 
 
 def _factors(s: Segment, which: int, name: str) -> Tensor | None:
@@ -94,10 +103,14 @@ def _factors(s: Segment, which: int, name: str) -> Tensor | None:
 def _correction(group: dict[str, Any], step: int) -> float:
     """1 - beta2^t of the step t whose roots serve at `step`: (c L)^-a = c^-a L^-a, so that the roots, whose ridge is
     relative, are taken of the factors as they are, and a factor that stays keeps its root to the bit."""
-    if not group["bias_correction"] or group["accumulation"] not in ("ema", "kl"):
+    return _share(group, last_root_step(group["precondition_frequency"], group["start_step"], step))
+
+
+def _share(group: dict[str, Any], step: int) -> float:
+    """The sum of the weights in a factor after `step` steps; 1 where it is not corrected for."""
+    if not step or not group["bias_correction"] or group["accumulation"] not in ("ema", "kl"):
         return 1.0
-    taken = last_root_step(group["precondition_frequency"], group["start_step"], step)
-    return 1.0 - group["betas"][1] ** taken if taken else 1.0
+    return 1.0 - group["betas"][1] ** step
 
 
 def _direction_scale(group: dict[str, Any], s: Segment) -> float:
@@ -115,7 +128,7 @@ def accumulate(work: Work) -> None:
     decay = 1.0 if kind == "sum" else beta
     weight = 1.0 - beta if kind in ("ema", "kl") else 1.0
     for s in work.segments:
-        grads = _take(s, _gradient, gathered=s.family.gathered)
+        grads = _gradients(s)
         roots = _factors(s, 0, "root"), _factors(s, 1, "root")
         for which, side in enumerate(("left", "right")):
             factor = _factors(s, which, "factor")
@@ -156,21 +169,30 @@ def _accumulate_shards(
 
 
 def refresh(work: Work) -> None:
-    """Take the roots that are due."""
+    """Take the roots that are due, and those that were while there was no factor."""
     group = work.group
     due: dict[Bucket, list[tuple[int, int]]] = {}
     for s in work.segments:
-        if not root_is_due(group["precondition_frequency"], group["start_step"], s.step):
-            continue
+        now = root_is_due(group["precondition_frequency"], group["start_step"], s.step)
         for bucket, offset in ((s.family.left, s.family.left_first), (s.family.right, s.family.right_first)):
-            if bucket is not None:
-                due.setdefault(bucket, []).append((offset + s.first, offset + s.last))
+            if bucket is None:
+                continue
+            first, last = offset + s.first, offset + s.last
+            if now:
+                due.setdefault(bucket, []).append((first, last))
+            elif bucket.late:
+                # The update corrects for the step at which the root was due.
+                scale = _correction(group, s.step) / _share(group, s.step)
+                for start, end in _joined([(i, i + 1) for i in bucket.ready(first, last)]):
+                    _take_roots(bucket, start, end, work, scale)
     for bucket, spans in due.items():
         for first, last in _joined(spans):
             _take_roots(bucket, first, last, work)
 
 
 def _joined(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    if not spans:
+        return
     spans.sort()
     first, last = spans[0]
     for start, end in spans[1:]:
@@ -181,18 +203,22 @@ def _joined(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     yield first, last
 
 
-def _take_roots(bucket: Bucket, first: int, last: int, work: Work) -> None:
+def _take_roots(bucket: Bucket, first: int, last: int, work: Work, scale: float = 1.0) -> None:
     group = work.group
     root, failures = bucket.root[first:last], bucket.failures[first:last]
     low, high = sharded.share_of(last - first, work.root_group)
+    # The other methods end at some 1e-3, which is not what float64 is chosen for.
+    exact = group["root_method"] == "auto" and root.dtype == torch.float64
+    method = "eigh" if exact else group["root_method"]
     if high > low:
         mine = root[low:high]
         ops.inverse_root(
             bucket.factor[first + low : first + high],
             exponent=-bucket.exponent,
             ridge=group["ridge"],
+            scale=scale,
             pseudo_inverse=group["pseudo_inverse"],
-            method=group["root_method"],
+            method=method,
             out=mine,
             failures=failures[low:high],
             impl=work.impl,
@@ -200,6 +226,7 @@ def _take_roots(bucket: Bucket, first: int, last: int, work: Work) -> None:
     if work.root_group is not None:
         sharded.gather_shares(root, work.root_group)
         sharded.gather_shares(failures, work.root_group)
+    bucket.note(first, last)
 
 
 def update(work: Work) -> None:
@@ -209,11 +236,6 @@ def update(work: Work) -> None:
             _update_gathered(work, s)
         else:
             _update(work, s, lambda e, key: e.parameter.detach() if key == WEIGHT else e.state[key])
-
-
-def state_keys(group: dict[str, Any]) -> list[str]:
-    """State of a parameter's shape."""
-    return ["momentum"] * (group["betas"][0] > 0) + ["second_moment"] * (group["grafting"] in SECOND_MOMENT)
 
 
 def _update_gathered(work: Work, s: Segment) -> None:
@@ -239,7 +261,7 @@ def _update(work: Work, s: Segment, tensor: Callable[[Entry, str], Tensor]) -> N
             for e in dict.fromkeys(family.owners[s.first : s.last]):
                 slot(e, key, wide(e.parameter.dtype))
         stacks[key] = _take(s, lambda e, key=key: tensor(e, key))  # type: ignore[misc]
-    grads, begun = _take(s, _gradient, gathered=family.gathered), s.step >= group["start_step"]
+    grads, begun = _gradients(s), s.step >= group["start_step"]
     shared = family.layout is not None and not family.gathered
     bad = family.bad[:, s.first : s.last]
     if begun and not shared and group["grafting"] in ("none", "rms"):
@@ -273,7 +295,19 @@ def _apply(
     )  # fmt: skip
 
 
+def touch(work: Work) -> None:
+    """Tell autograd what was written: ops that take lists of views do not."""
+    written = [e.parameter for e in work.live]
+    written += [e.state[key] for e in work.live for key in state_keys(work.group)]
+    for f in dict.fromkeys(s.family for s in work.segments):
+        written += [t for b in (f.left, f.right) if b is not None for t in (b.factor, b.root)]
+    torch.autograd.graph.increment_version(written)
+
+
 def counters(plan: Plan) -> Counters:
-    """For Watch: gradients of each family, roots of each bucket."""
-    found: Counters = [(GRADIENT, [e.name for e in f.owners], f.bad.amax(dim=0)) for f in plan.families]
+    """For Watch: gradients and updates of each family, roots of each bucket, gradients of AdamW."""
+    found: Counters = [(ADAMW, some.names, some.bad) for some in plan.plain]
+    for f in plan.families:
+        names, gradient = [e.name for e in f.owners], f.bad[:2].amax(dim=0)
+        found += [(GRADIENT, names, gradient), (UPDATE, names, torch.where(gradient > 0, 0, f.bad[2]))]
     return found + [(ROOT, b.names, b.failures) for b in plan.buckets]

@@ -75,11 +75,9 @@ def update_(
     else:
         norm = _norms(direction, add_up)
         factor = torch.where(norm > TINY, length / norm.clamp_min(TINY), torch.zeros_like(norm))
-    factor = torch.where(skip, torch.zeros_like(factor), factor)
     lr = group["lr"]
-    lr = lr.to(skip.device, dtype) if isinstance(lr, Tensor) else lr
-    decay = torch.where(skip, torch.zeros_like(factor), torch.full_like(factor, group["weight_decay"])) * lr
-    kept = torch.stack(list(weights)).to(dtype)
-    kept = kept - decay[:, None, None] * kept - (lr * factor)[:, None, None] * direction
-    kept = torch.where(skipped, torch.stack(list(weights)).to(dtype), kept)
+    lr = lr.reshape(()).to(skip.device, dtype) if isinstance(lr, Tensor) else lr
+    old = torch.stack(list(weights)).to(dtype)
+    kept = old - lr * group["weight_decay"] * old - (lr * factor)[:, None, None] * direction
+    kept = torch.where(skipped, old, kept)
     torch._foreach_copy_(list(weights), list(kept.unbind()))

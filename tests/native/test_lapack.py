@@ -1,4 +1,4 @@
-"""csrc/cpu/vendor.h where torch exports no BLAS: the products that take its place."""
+"""csrc/cpu/lapack.h: products where torch exports no BLAS, the guard of MKL's threads, the size of work space."""
 
 import shutil
 import subprocess
@@ -13,10 +13,10 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ not found")
 
 
-def test_products_without_blas(tmp_path):
-    program = tmp_path / "vendor_host"
+def test_threads_work_space_and_products_without_blas(tmp_path):
+    program = tmp_path / "lapack_host"
     command = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined"]
-    source = ROOT / "tests" / "native" / "vendor_host.cpp"
+    source = ROOT / "tests" / "native" / "lapack_host.cpp"
     subprocess.run([*command, f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)], check=True)
     done = subprocess.run([str(program)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
