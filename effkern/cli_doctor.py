@@ -20,7 +20,7 @@ MODULES = {
 }
 
 
-NOTES = {"lora_rite": "ranks above 128 take torch's operations and its eigensolver (LAPACK, cuSOLVER)"}
+NOTES = {"lora_rite": "ranks above 128 take LAPACK's eigenvectors; on CUDA torch's operations and its eigensolver"}
 
 
 def report() -> dict[str, Any]:

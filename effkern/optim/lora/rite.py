@@ -59,7 +59,7 @@ class LoRARite(LoraOptimizer):
     2308.03303) stays, its partner is trained. A parameter written from outside (load_state_dict, copy_) is noticed by
     its version counter and gets a new basis; after writes through `.data` call `rebuild()`. Loaded state is taken bit
     for bit where the weights are those that it was saved with; for others bases are made anew (sharded factors: where
-    they differ by more than some 2 %). Ranks above 128 take torch's LAPACK or cuSOLVER path.
+    they differ by more than some 2 %). Above rank 128 eigenvectors are LAPACK's on a CPU, torch's on a GPU.
 
     Sharded parameters (FSDP2, DTensor) keep their moments cut by rows; r x r sums are added up over the processes.
 
