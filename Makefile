@@ -21,9 +21,10 @@ $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*/*)
 demo: install
 	$(BIN)/effkern demo
 
-# Also the slow tests, which plain pytest leaves out. One process per core; a file stays in one process.
+# Also the slow tests, which plain pytest leaves out. One process per core, so one thread each; a file stays in one
+# process.
 test: install
-	$(BIN)/python -m pytest -m "slow or not slow" -n logical --maxprocesses=8 --dist loadscope --no-loadscope-reorder
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "slow or not slow" -n logical --maxprocesses=8 --dist loadscope --no-loadscope-reorder
 
 bench: install
 	$(BIN)/python -m benchmarks

@@ -62,7 +62,8 @@ def test_pure_install_gives_the_same_numbers(tmp_path):
 
     pure, full = run(target), run(ROOT)
     assert pure[0].startswith(str(target))
-    assert set(pure[4].values()) == {"reference"}
+    # The core of LoRA-RITE has its own plain form beside the reference, which computes pair by pair.
+    assert {op: uses for op, uses in pure[4].items() if uses != "reference"} == {"lora_rite": "plain"}
     assert pure[1] == pytest.approx(full[1], rel=1e-6)
     assert pure[2] == pytest.approx(full[2], rel=1e-6)
     assert pure[3] == full[3]
