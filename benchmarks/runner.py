@@ -80,8 +80,9 @@ def keep_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mmap_threshold, trim_threshold = -3, -1
-        # malloc takes no larger threshold than this one for mapping; a trim threshold of -1 is none.
-        mallopt(mmap_threshold, 1 << 25)
+        # Not every glibc takes the first; a trim threshold of -1 is none.
+        if not mallopt(mmap_threshold, 1 << 30):
+            mallopt(mmap_threshold, 1 << 25)
         mallopt(trim_threshold, -1)
 
 
