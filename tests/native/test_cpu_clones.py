@@ -35,7 +35,8 @@ pytestmark = [
 
 def run(*command: str | Path, **variables: str) -> subprocess.CompletedProcess:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, **variables}
+    # Two threads, whatever this process has: bounds of single rows come from what eager rounds, which depends on it.
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "2", **variables}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
