@@ -14,7 +14,7 @@ from torch import Tensor
 
 from effkern.ops.lora_rite import RiteOptions, gram, plain
 from effkern.ops.lora_rite.terms import terms_of
-from tests.native.test_cuda_host import MEMORY, THREAD, execute, program, reports_race, under  # noqa: F401
+from tests.native.test_cuda_host import MEMORY, THREAD, breaks, execute, program, under  # noqa: F401
 from tests.ops.lora_rite_cases import group_grads, make, run
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ not found")
@@ -183,4 +183,4 @@ def test_several_warps(program, tmp_path):  # noqa: F811
 @pytest.mark.parametrize("barrier", range(3))
 def test_every_barrier_is_needed(program, tmp_path, barrier):  # noqa: F811
     """Of each of the three kernels its first ones."""
-    assert reports_race(lambda: solve(program, tmp_path, [case(4, OPTIONS[0])], "--skip-barrier", str(barrier))[0])
+    assert breaks(lambda: solve(program, tmp_path, [case(4, OPTIONS[0])], "--skip-barrier", str(barrier))[0])
