@@ -60,7 +60,7 @@ def mean_pool(
     if not torch.compiler.is_compiling() and ids.device.type == "cpu" and ids.numel():
         _check_ids(ids, ignored, len(table_VD))
     chosen = _choose("mean_pool", impl, table_VD)
-    arguments = (table_VD, ids, offsets, *ignored, bool(normalize))
+    arguments: tuple[Any, ...] = (table_VD, ids, offsets, *ignored, bool(normalize))
     if chosen == "reference":
         return reference.mean_pool(*arguments)
     op = torch.ops.effkern.mean_pool if chosen == "cpp" else torch.ops.effkern.mean_pool_triton
@@ -108,7 +108,7 @@ def norm_mean_pool(
     if not eps >= 0:
         raise ValueError(f"{op_name}: eps must be at least 0, got {eps}")
     chosen = _choose(op_name, impl, hidden_TD)
-    arguments = (hidden_TD, offsets, keep, norm_weight, float(eps), bool(normalize))
+    arguments: tuple[Any, ...] = (hidden_TD, offsets, keep, norm_weight, float(eps), bool(normalize))
     if chosen == "reference":
         return reference.norm_mean_pool(*arguments)
     op = torch.ops.effkern.norm_mean_pool if chosen == "cpp" else torch.ops.effkern.norm_mean_pool_triton

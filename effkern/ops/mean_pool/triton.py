@@ -112,8 +112,8 @@ def norm_mean_pool(
         with torch.cuda.device_of(hidden):
             norm_mean_pool_kernel[(out.shape[0],)](
                 hidden, offsets, flags, weight, out, hidden.stride(0), hidden.shape[0], hidden.shape[1], eps,
-                HAS_KEEP=keep is not None, HAS_NORM=weight is not None, NORMALIZE=normalize, num_warps=_warps(hidden.shape[1]),
-                **_blocks(hidden.shape[1]),
+                HAS_KEEP=keep is not None, HAS_NORM=weight is not None, NORMALIZE=normalize,
+                num_warps=_warps(hidden.shape[1]), **_blocks(hidden.shape[1]),
             )  # fmt: skip
     return out
 
