@@ -15,6 +15,7 @@ from effkern.ops.distill import (
     TeacherTopK,
     linear_distill_loss,
 )
+from effkern.ops.kmeans import Assignment, KMeans, kmeans, kmeans_assign, kmeans_update
 from effkern.ops.laurel import LaurelOutput, laurel_residual
 from effkern.ops.loop_similarity import LoopSimilarity, loop_similarity
 from effkern.ops.loop_step import LoopStepOutput, loop_step
@@ -27,9 +28,11 @@ from effkern.ops.token_stats import LabelStats, token_stats
 __version__ = "0.1.0"
 
 __all__ = [
+    "Assignment",
     "BatchedEigh",
     "DistillResult",
     "DistillStats",
+    "KMeans",
     "LabelStats",
     "LaurelOutput",
     "LoopSimilarity",
@@ -46,6 +49,9 @@ __all__ = [
     "batched_eigh",
     "distributed",
     "fold_projection",
+    "kmeans",
+    "kmeans_assign",
+    "kmeans_update",
     "laurel_residual",
     "linear_distill_loss",
     "loop_similarity",
