@@ -5,6 +5,9 @@ pool                the candidates: windows of packed datasets
 embed post          LM-token and LM-output embeddings; standardise, project, scale
 balanced linkage    clusters of bounded size, and of bounded diameter
 scores              variance reduction and purity of a clustering
+dedup               exact and near-duplicates of documents
+salt_ds choose mix  the SALT_DS score; what is kept, and why; mixing weights
+steps report        all of it over packed datasets, one folder a step; a page about it
 """
 
 from effkern.data.curation.artifact import Artifact, open_artifact

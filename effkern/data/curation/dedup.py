@@ -160,7 +160,13 @@ def dedup(
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, folder / "kept.jsonl")
-    arrays = {"reason": reason, "like": like, "similarity": similarity, "source": owner, "bytes": sizes}
+    arrays: dict[str, NDArray] = {
+        "reason": reason,
+        "like": like,
+        "similarity": similarity,
+        "source": owner,
+        "bytes": sizes,
+    }
     results = _results(reason, owner, sizes, [source.name for source in found])
     results["content"] = hashlib.sha256(keys.tobytes()).hexdigest()
     return finish(folder, "dedup", settings, inputs, arrays, results, files={"kept.jsonl": digest.hexdigest()})
