@@ -250,14 +250,11 @@ def mix(
         raise ValueError(f"mix: seq_len must be at least 1 with data, got {seq_len}")
     pool = Pool(data, seq_len) if chosen is None else steps.pool_of(chosen)
     groups = steps.candidates(pool, chosen)
-    for place, group in zip(pool.places.values(), groups):
-        if not group.size:
-            raise ValueError(f"mix: selection must keep a window of every source, got none of {place}")
     counts = mixing.mixture(
         [len(group) for group in groups], windows, weights=weights or None, alpha=alpha, max_epochs=max_epochs
     )
     examples = np.concatenate([
-        mixing.draw(group, count, f"mix:{seed}:{i}") for i, (group, count) in enumerate(zip(groups, counts))
+        mixing.draw(group, count, f"mix:{seed}:{i}") for i, (group, count) in enumerate(zip(groups, counts)) if count
     ])  # fmt: skip
     settings = {
         "weights": list(weights) or None, "alpha": alpha, "max_epochs": max_epochs, "seed": seed, "windows": windows,

@@ -128,12 +128,13 @@ def test_mixtures_by_hand():
     assert mixture([10, 100, 200], 100, weights=[1, 1, 2], max_epochs=2.5) == [25, 25, 50]
     assert mixture([5, 5, 5], 10) in ([4, 3, 3], [3, 4, 3], [3, 3, 4])
     assert mixture([5, 5], 5, weights=[0, 1]) == [0, 5]
+    assert mixture([0, 4, 4], 4, alpha=-1.0) == [0, 2, 2]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data())
 def test_mixtures_add_up(data):
-    sizes = data.draw(st.lists(st.integers(1, 50), min_size=1, max_size=6))
+    sizes = data.draw(st.lists(st.integers(0, 50), min_size=1, max_size=6))
     epochs = data.draw(st.sampled_from([0.5, 1.0, 1.7, 4.0]))
     most = [int(np.floor(size * epochs + 1e-9)) for size in sizes]
     if sum(most) == 0:
@@ -145,8 +146,10 @@ def test_mixtures_add_up(data):
 
 
 @pytest.mark.parametrize(("sizes", "windows", "options", "message"), [
-    ([], 1, {}, "sizes must be at least 1"),
-    ([3, 0], 1, {}, "sizes must be at least 1"),
+    ([], 1, {}, "sizes must be at least 0"),
+    ([3, -1], 1, {}, "sizes must be at least 0"),
+    ([0, 0], 1, {}, "sizes must be at least 0, and not all 0"),
+    ([3, 0], 1, {"weights": [1, 1]}, "weights must be 0 where a source has no windows"),
     ([3, 4], 8, {}, r"windows must lie in \[1, 7\], what the sources with a weight give in 1 epochs, got 8"),
     ([3, 4], 5, {"weights": [1, 0]}, r"windows must lie in \[1, 3\]"),
     ([3, 4], 0, {}, r"windows must lie in \[1, 7\]"),

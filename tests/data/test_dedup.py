@@ -6,12 +6,12 @@ import random
 import numpy as np
 import pytest
 
-pytest.importorskip("rensa")
-
 from effkern.data.curation import dedup as module
 from effkern.data.curation import open_artifact
 from effkern.data.curation.dedup import EXACT, KEPT, NEAR, bands_for, decide, dedup, shingles, signatures
 from effkern.data.curation.passes import Stopped
+
+pytest.importorskip("rensa")
 
 WORDS = [a + b for a in "bcdfgklmnprst" for b in ("a", "e", "i", "o", "u", "ar", "en", "is", "ot", "um")]
 

@@ -105,7 +105,9 @@ def begin(path: str | Path, kind: str, settings: Mapping[str, Any], inputs: Mapp
         if (folder / MANIFEST).exists() and not overwrite:
             raise FileExistsError(f"{kind}: out must not hold a finished step unless overwrite is given, got {folder}")
         same = marker.exists() and json.loads(marker.read_text("utf-8")) == json.loads(json.dumps(plan))
-        if known and not same and not overwrite:
+        # A plan alone holds no work.
+        begun = any(folder.glob(".part-*.npy"))
+        if begun and not same and not overwrite:
             raise ValueError(f"{kind}: out holds an unfinished step with other settings or inputs: {folder}")
         if known and not (same and not (folder / MANIFEST).exists()):
             _clear(folder)

@@ -30,20 +30,26 @@ def mixture(
 ) -> list[int]:
     """How many windows each source gives; they add up to `windows`.
 
-    Shares are proportional to `weights`, or to sizes^alpha: 1 is the natural mixture, 0 gives every source the same.
+    Shares are proportional to `weights`, or to sizes^alpha: 1 is the natural mixture, 0 gives every source the same; a
+    source without windows gives none.
     No source is read more than `max_epochs` times: what one cannot give the others do, in their proportions. Rounded
     by largest remainders.
 
     Raises:
         ValueError: a number is out of range, or windows is more than all sources together can give.
     """
-    if not sizes or min(sizes) < 1:
-        raise ValueError(f"mixture: sizes must be at least 1, got {list(sizes)}")
+    if not sizes or min(sizes) < 0 or not any(sizes):
+        raise ValueError(f"mixture: sizes must be at least 0, and not all 0, got {list(sizes)}")
     if weights is not None and len(weights) != len(sizes):
         raise ValueError(f"mixture: weights must be {len(sizes)}, one a source, got {len(weights)}")
     if not (math.isfinite(alpha) and math.isfinite(max_epochs) and max_epochs > 0):
         raise ValueError(f"mixture: alpha must be finite and max_epochs above 0, got {alpha} and {max_epochs}")
-    share = np.asarray(weights if weights is not None else np.asarray(sizes, float) ** alpha, np.float64)
+    if weights is None:
+        share = np.array([size**alpha if size else 0.0 for size in sizes])
+    else:
+        share = np.array(weights, np.float64)
+        if any(weight and not size for weight, size in zip(weights, sizes)):
+            raise ValueError(f"mixture: weights must be 0 where a source has no windows, got {share.tolist()}")
     if not np.isfinite(share).all() or (share < 0).any() or not share.any():
         raise ValueError(f"mixture: weights must be finite, not negative and not all 0, got {share.tolist()}")
     most = np.floor(np.asarray(sizes) * max_epochs + 1e-9) * (share > 0)
