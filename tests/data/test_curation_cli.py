@@ -1,6 +1,8 @@
 """effkern data dedup ... report on a small corpus: what each step leaves, replays, stops, and errors of one line."""
 
+import os
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -185,6 +187,29 @@ def test_a_stopped_pass_goes_on(folder, pool, tmp_path, monkeypatch):
     assert steps.score(loaded.model, loaded.weights_hash, pool, tmp_path / "t", k=3, overwrite=True).hash != whole.hash
 
 
+def test_a_signal_stops_and_the_same_command_goes_on(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(steps, "PART", 20)
+    monkeypatch.setattr(steps, "BATCH", 10)
+    command = ["data", "score", "--data", str(folder / "A"), "--checkpoint", str(folder / "run"), "--device", "cpu"]
+    command += ["--out", str(tmp_path / "s")]
+    plain, calls = steps.Scorer.__call__, []
+
+    def interrupted(self, rows):
+        calls.append(len(rows))
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, rows)
+
+    monkeypatch.setattr(steps.Scorer, "__call__", interrupted)
+    assert cli.main(command) == 128 + signal.SIGTERM
+    assert "finished parts are kept, the same command goes on" in capsys.readouterr().out
+    assert (tmp_path / "s" / ".part-000000.npy").exists()
+    assert cli.main(command) == 0
+    found = open_artifact(tmp_path / "s", "scores")
+    assert not list((tmp_path / "s").glob(".*"))
+    assert found.load("loss").size == len(Pool([folder / "A"], 16))
+
+
 def test_errors_are_one_line(folder, tmp_path, capsys):
     a, run = str(folder / "A"), str(folder / "run")
     out = str(tmp_path / "out")
@@ -208,6 +233,15 @@ def test_errors_are_one_line(folder, tmp_path, capsys):
         (["report", "--steps", str(tmp_path)], "path must hold a finished step"),
     ):  # fmt: skip
         assert message in fails(capsys, ["data", *words, "--out", out]), words
+
+
+def test_a_step_is_not_written_over_what_it_reads(folder, capsys):
+    for name, words in (("tree", ["select", "--step"]), ("token", ["cluster", "--embeddings"])):
+        before = open_artifact(folder / name).hash
+        words = ["data", *words, str(folder / name), "--out", str(folder / name), "--overwrite"]
+        words += ["--budget", "5"] if name == "tree" else []
+        assert "out must be another folder" in fails(capsys, words)
+        assert open_artifact(folder / name).hash == before
 
 
 def test_a_failed_step_leaves_no_manifest(folder, tmp_path, capsys):

@@ -47,6 +47,11 @@ def pool_of(step: Artifact) -> Pool:
     return pool
 
 
+def _apart(name: str, step: Artifact, out: str | Path) -> None:
+    if step.path.resolve() == Path(out).resolve():
+        raise ValueError(f"{name}: out must be another folder than the step that is read, got {out}")
+
+
 def input_of(step: Artifact, name: str, *kinds: str) -> Artifact:
     """A step that `step` was made from, in the state in which it was."""
     found = open_artifact(step.places[name], *kinds)
@@ -144,6 +149,7 @@ def cluster(
     """
     if method not in CLUSTERINGS:
         raise ValueError(f"cluster: method must be one of {', '.join(CLUSTERINGS)}, got {method!r}")
+    _apart("cluster", embeddings, out)
     pool = pool_of(embeddings)
     settings: dict[str, Any] = {"method": method}
     if method == "balanced":
@@ -184,6 +190,7 @@ def select(
     """
     if method not in SELECTIONS:
         raise ValueError(f"select: method must be one of {', '.join(SELECTIONS)}, got {method!r}")
+    _apart("select", step, out)
     pool = pool_of(step)
     chosen = _choose(step, pool, method, budget, seed)
     settings = {"method": method, "budget": budget, "seed": seed}
