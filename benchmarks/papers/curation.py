@@ -9,8 +9,9 @@ the target's losses give variance reduction (VR) and purity beside those of a pa
 seeds of the clustering; one proxy and one target, so the spread over trainings is not in it.
 
 With --arms half of the training windows are chosen by diversity, by SALT_DS (scores of an early checkpoint of the
-proxy) and by lot, and a model as large as the target trains on each at equal tokens; validation is of all sources. One
-seed: differences of a few hundredths of a nat say nothing.
+proxy; masked tokens are dropped, as so small a model has few windows with half of their tokens among its ten
+likeliest) and by lot, and a model as large as the target trains on each at equal tokens; validation is of all
+sources. One seed: differences of a few hundredths of a nat say nothing.
 
 Finished steps in --out are kept: the command goes on where it was stopped. Source: arXiv 2502.02494, in miniature.
 """
@@ -147,7 +148,7 @@ def arms(out: Path, early: int, num_steps: int, components: int) -> dict[str, An
     data = ("--data", *(out / name for name in SOURCES), "--device", "cpu")
     checkpoint = out / "proxy" / "checkpoints" / f"step-{early:08d}"
     once(out / "train-scores" / MANIFEST, "data", "score", "--out", out / "train-scores", *data, "--checkpoint",
-         checkpoint)  # fmt: skip
+         checkpoint, "--masked", "drop")  # fmt: skip
     once(out / "train-output" / MANIFEST, "data", "embed", "--out", out / "train-output", *data, "--checkpoint",
          out / "proxy", "--kind", "output", "--components", components)  # fmt: skip
     once(out / "tree" / MANIFEST, "data", "cluster", "--out", out / "tree", "--embeddings", out / "train-output",

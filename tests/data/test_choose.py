@@ -97,12 +97,16 @@ def test_diverse_keeps_the_budget(planted, budget):
 
 def test_scored_keeps_the_highest():
     scores = np.array([0.5, 2.0, 0.5, 3.0, 0.0])
-    found = choose_scored(scores, 3)
-    assert found.kept.tolist() == [0, 1, 3]
-    assert found.reason.tolist() == [KEPT, KEPT, LOW_SCORE, KEPT, LOW_SCORE]
-    assert found.figures == {"lowest_kept": 0.5, "zero_scores": 1.0}
+    seen = set()
+    for seed in range(12):
+        found = choose_scored(scores, 3, seed)
+        seen.add(tuple(found.kept.tolist()))
+        assert sorted(found.reason.tolist()) == [KEPT] * 3 + [LOW_SCORE] * 2
+        assert found.figures == {"lowest_kept": 0.5, "equal_left_out": 1.0, "zero_scores": 1.0}
+    # Which of the equal two stays is drawn.
+    assert seen == {(0, 1, 3), (1, 2, 3)}
     with pytest.raises(ValueError, match="scores must be numbers, got NaN"):
-        choose_scored(np.array([np.nan]), 1)
+        choose_scored(np.array([np.nan]), 1, 0)
 
 
 @pytest.mark.parametrize("budget", [0, 111])
@@ -111,7 +115,7 @@ def test_budgets_beyond_the_corpus(planted, budget):
     message = rf"budget must lie in \[1, 110\], the corpus, got {budget}"
     for run in (
         lambda: choose_diverse(points, tree, budget, 0),
-        lambda: choose_scored(np.zeros(110), budget),
+        lambda: choose_scored(np.zeros(110), budget, 0),
         lambda: choose_random(110, budget, 0),
     ):
         with pytest.raises(ValueError, match=message):

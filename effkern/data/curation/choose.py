@@ -56,8 +56,10 @@ def choose_diverse(points: NDArray[np.float32], tree: Dendrogram, budget: int, s
     return Choice(reason, like, figures)
 
 
-def choose_scored(scores: NDArray[np.float64], budget: int) -> Choice:
-    """The highest scores; of equal ones the first examples.
+def choose_scored(scores: NDArray[np.float64], budget: int, seed: int) -> Choice:
+    """The highest scores; of those equal to the lowest that is kept, some by lot.
+
+    Figures: the lowest score kept, how many scores equal to it were left out, and how many scores are 0.
 
     Raises:
         ValueError: budget is larger than the corpus, or a score is NaN.
@@ -65,10 +67,13 @@ def choose_scored(scores: NDArray[np.float64], budget: int) -> Choice:
     check_budget(budget, len(scores))
     if np.isnan(scores).any():
         raise ValueError("selection: scores must be numbers, got NaN")
-    kept = np.argsort(-scores, kind="stable")[:budget]
+    lot = permute(np.arange(len(scores), dtype=np.int64), len(scores), f"scored:{seed}")
+    kept = np.lexsort((lot, -scores))[:budget]
     reason = np.full(len(scores), LOW_SCORE, np.uint8)
     reason[kept] = KEPT
-    figures = {"lowest_kept": float(scores[kept].min()), "zero_scores": float((scores == 0).sum())}
+    lowest = float(scores[kept].min())
+    left_out = float((scores[reason == LOW_SCORE] == lowest).sum())
+    figures = {"lowest_kept": lowest, "equal_left_out": left_out, "zero_scores": float((scores == 0).sum())}
     return Choice(reason, np.full(len(scores), -1, np.int64), figures)
 
 

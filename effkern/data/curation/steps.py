@@ -123,9 +123,9 @@ def score(
         "examples": len(pool), "mean_loss": float(loss.mean()), "mean_score": float(values.mean()),
         "zero_scores": int((values == 0).sum()), "tokens_in_top_k": float(learnable.mean()),
     }  # fmt: skip
-    arrays = {"loss": loss, "score": values, "learnable": learnable}
-    return finish(folder, "scores", settings, inputs, {n: np.ascontiguousarray(x) for n, x in arrays.items()}, results,
-                  pool.places)  # fmt: skip
+    columns = zip(("loss", "score", "learnable"), found.T)
+    arrays = {name: np.ascontiguousarray(column) for name, column in columns}
+    return finish(folder, "scores", settings, inputs, arrays, results, pool.places)
 
 
 def cluster(
@@ -217,7 +217,7 @@ def _choose(step: Artifact, pool: Pool, method: str, budget: int, seed: int) -> 
     if method == "salt-ds":
         if step.kind != "scores":
             raise ValueError(f"select: step must be scores for method=salt-ds, got {step.kind} in {step.path}")
-        return choose_scored(step.load("score"), budget)
+        return choose_scored(step.load("score"), budget, seed)
     if step.kind != "clusters" or "merges" not in step.arrays:
         raise ValueError(f"select: step must be clusters of method=diameter for method=diverse, got {step.path}")
     points = input_of(step, "embeddings", "embeddings").load("embeddings")
