@@ -1,10 +1,11 @@
-"""Text in, batches of token ids out. NumPy and `tokenizers`; torch has no part in it.
+"""Text in, batches of token ids out. NumPy and `tokenizers`; torch has no part in it, but in `curation`.
 
 sources stdlib files hub     named sources of documents
 collect spool                documents of one build: duplicates, split and order
 tokenizer                    byte-level BPE
 build folder shards manifest packing into a folder that is whole or not there
 dataset order summary        reading it back: memory maps, deterministic batches, sizes
+curation                     choosing what to train on, a package of its own
 kernels fallback             the inner loops, from `effkern._data` or in NumPy
 """
 

@@ -52,7 +52,7 @@ def choose_diverse(points: NDArray[np.float32], tree: Dendrogram, budget: int, s
     reason[chosen[inside]] = KEPT
     like = np.where(reason == REDUNDANT, chosen[labels], -1)
     sizes = np.bincount(labels)
-    figures = {"eps": eps, "clusters": float(len(chosen)), "largest_cluster": float(sizes.max())}
+    figures = {"eps": eps, "clusters": len(chosen), "largest_cluster": int(sizes.max())}
     return Choice(reason, like, figures)
 
 
@@ -72,8 +72,8 @@ def choose_scored(scores: NDArray[np.float64], budget: int, seed: int) -> Choice
     reason = np.full(len(scores), LOW_SCORE, np.uint8)
     reason[kept] = KEPT
     lowest = float(scores[kept].min())
-    left_out = float((scores[reason == LOW_SCORE] == lowest).sum())
-    figures = {"lowest_kept": lowest, "equal_left_out": left_out, "zero_scores": float((scores == 0).sum())}
+    left_out = int((scores[reason == LOW_SCORE] == lowest).sum())
+    figures = {"lowest_kept": lowest, "equal_left_out": left_out, "zero_scores": int((scores == 0).sum())}
     return Choice(reason, np.full(len(scores), -1, np.int64), figures)
 
 
