@@ -10,8 +10,8 @@ seeds of the clustering; one proxy and one target, so the spread over trainings 
 
 With --arms half of the training windows are chosen by diversity, by SALT_DS (scores of an early checkpoint of the
 proxy; masked tokens are dropped, as so small a model has few windows with half of their tokens among its ten
-likeliest) and by lot, and a model as large as the target trains on each at equal tokens; validation is of all
-sources. One seed: differences of a few hundredths of a nat say nothing.
+likeliest) and by lot, and a model as large as the target trains on each at equal tokens; validation is of 65536
+held-out tokens of each source. One seed: differences of a few hundredths of a nat say nothing.
 
 Finished steps in --out are kept: the command goes on where it was stopped. Source: arXiv 2502.02494, in miniature.
 """
@@ -164,11 +164,13 @@ def arms(out: Path, early: int, num_steps: int, components: int) -> dict[str, An
              "--windows", windows // 2)  # fmt: skip
         train(out, f"target-{arm}", out / f"mix-{arm}", "target", num_steps)
         model = load_model(out / f"target-{arm}").model
-        whole = PackedDataset(out / "all")
-        result = evaluate(model, val_batches(whole, LENGTH, ROWS, 131072), whole.bytes_per_token("val"))
-        found[arm] = {"loss": result.loss, "tokens": result.tokens,
-                      "kept": open_artifact(chosen).results["by_source"]}  # fmt: skip
-        print(f"{arm}: validation loss {result.loss:.4f} on {result.tokens:,} tokens", flush=True)
+        losses = {}
+        for name in SOURCES:
+            dataset = PackedDataset(out / name)
+            batches = val_batches(dataset, LENGTH, ROWS, 65536)
+            losses[name] = evaluate(model, batches, dataset.bytes_per_token("val")).loss
+        found[arm] = {"loss": losses, "kept": open_artifact(chosen).results["by_source"]}
+        print(f"{arm}: validation loss {losses}, mean {statistics.mean(losses.values()):.4f}", flush=True)
     command("data", "report", "--out", out / "report.html", "--steps", *(out / f"{n}.dedup" for n in SOURCES),
             *(out / f"select-{arm}" for arm in ARMS))  # fmt: skip
     command("data", "select", "--replay", out / "select-diverse", "--out", out / "replayed", "--overwrite")

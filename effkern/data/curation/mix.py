@@ -1,7 +1,7 @@
 """Mixing weights, and a packed dataset made of chosen windows."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +92,10 @@ def write_mixture(
 ) -> PackedDataset:
     """A packed dataset whose windows of pool.seq_len tokens are `examples`, in their order.
 
-    The validation split is that of all sources, whole. A window's last target is the first token of the next window:
-    one target in seq_len crosses a seam, as it does between two documents. The UTF-8 bytes of a split are estimated
-    from those per token of its source.
+    The validation split is that of all sources, in windows whose order is drawn, so that a prefix is a fair sample;
+    the tokens behind a source's last whole window are left out. A window's last target is the first token of the next
+    window: one target in seq_len crosses a seam, as it does between two documents. The UTF-8 bytes of a split are
+    estimated from those per token of its source.
 
     Raises:
         ValueError: no examples.
@@ -125,11 +126,9 @@ def write_mixture(
         counts[int(pool.source(examples[-1:])[0])]["train"].tokens += 1
         shards += writer.shards
         with ShardWriter(folder, "val", dtype, DEFAULT_SHARD_TOKENS) as writer:
-            for owner, dataset in enumerate(pool.datasets):
-                for start in range(0, dataset.num_tokens("val"), 1 << 22):
-                    tokens = dataset.read("val", start, min(start + (1 << 22), dataset.num_tokens("val")))
-                    _count(counts[owner]["val"], tokens, pool, owner, "val")
-                    writer.write(tokens.astype(dtype))
+            for tokens, owner in _val_windows(pool):
+                _count(counts[owner]["val"], tokens, pool, owner, "val")
+                writer.write(tokens.astype(dtype))
         shards += writer.shards
         names = [str(dataset.path) for dataset in pool.datasets]
         sources = [SourceInfo(names[i], counts[i], 0, 0) for i in range(len(counts))]
@@ -139,10 +138,22 @@ def write_mixture(
     return PackedDataset(out)
 
 
+def _val_windows(pool: Pool) -> Iterator[tuple[NDArray[np.int64], int]]:
+    """Tokens and source of every validation window, in an order that is drawn."""
+    sizes = np.array([dataset.num_tokens("val") // pool.seq_len for dataset in pool.datasets])
+    first = np.cumsum(sizes) - sizes
+    order = permute(np.arange(sizes.sum(), dtype=np.int64), max(int(sizes.sum()), 1), "validation")
+    for example in order.tolist():
+        owner = int(np.searchsorted(first, example, side="right")) - 1
+        start = (example - int(first[owner])) * pool.seq_len
+        yield pool.datasets[owner].read("val", start, start + pool.seq_len), owner
+
+
 def _count(to: Counts, tokens: NDArray[np.int64], pool: Pool, owner: int, split: str) -> None:
+    # The bytes from all tokens so far: a rounding a window would add up.
     to.tokens += tokens.size
     to.documents += int((tokens == pool.eos_id).sum())
-    to.bytes += round(tokens.size * pool.datasets[owner].bytes_per_token(split))
+    to.bytes = round(to.tokens * pool.datasets[owner].bytes_per_token(split))
 
 
 def _total(counts: Sequence[Counts]) -> Counts:
