@@ -212,6 +212,13 @@ def data(arguments: Sequence[str]) -> int:
     return tyro.extras.subcommand_cli_from_dict(commands, prog="effkern data", args=list(arguments))
 
 
+def runs(arguments: Sequence[str]) -> int:
+    """The subcommands of `effkern runs`."""
+    from effkern.cli_runs import runs as run
+
+    return run(arguments)
+
+
 def _tyro(function: Callable[..., int], name: str) -> Callable[[Sequence[str]], int]:
     def run(arguments: Sequence[str]) -> int:
         import tyro
@@ -237,6 +244,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "eval": ("loss, perplexity and accuracy of a checkpoint; --tasks", _from("effkern.cli_model", "evaluate", "eval")),
     "generate": ("continue a prompt with a checkpoint", _from("effkern.cli_model", "generate", "generate")),
     "export": ("write a checkpoint for Hugging Face transformers", _from("effkern.cli_model", "export", "export")),
+    "runs": ("list, show, compare and plot the runs below a folder", runs),
     "data": ("build: pack text; stats: what a dataset holds; soft-labels: write a teacher's labels for it", data),
     "doctor": ("what was built, and what each op uses here: --json", _tyro(doctor, "doctor")),
     "bench": ("benchmark suite of a source checkout; distill --explain: the cost model, anywhere", bench),
