@@ -26,13 +26,11 @@ def demo(arguments: Sequence[str]) -> int:
 
 def train(arguments: Sequence[str]) -> int:
     """Train one model; a run directory that holds checkpoints is resumed."""
-    import argparse
-
     import tyro
 
+    from effkern.cli_settings import starting_point
     from effkern.train.config import TrainConfig
-    from effkern.train.mapping import overlay, read_toml
-    from effkern.train.presets import PRESETS, get_preset
+    from effkern.train.presets import PRESETS
 
     @dataclass
     class Train:
@@ -43,22 +41,15 @@ def train(arguments: Sequence[str]) -> int:
 
         settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
         preset: str = ""
-        """demo, demo-teacher, small, small-teacher, paper-2.8b or paper-1.5b."""
+        """demo, demo-teacher, demo-composed, small, small-teacher; papers: paper-2.8b, paper-1.5b (SALT), paper-24x1,
+        paper-12x1, paper-12x2, paper-middle-loop (loops), paper-laurel, paper-c4-24, paper-c4-28 (LAuReL)."""
         config: str = ""
         """TOML file: tables model, teacher, data, optimizer, schedule, run; preset = "NAME" may stand at its top."""
         dry_run: bool = False
         """Print sizes, memory and FLOPs, and stop."""
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="")
-    first.add_argument("--config", default="")
-    known, _ = first.parse_known_args(arguments)
-    table = read_toml(known.config) if known.config else {}
-    preset = known.preset or table.pop("preset", "")
-    table.pop("preset", None)
-    chosen = get_preset(preset) if preset else None
-    base = overlay(chosen.config if chosen else TrainConfig(), table, source=known.config or "config")
-    command = tyro.cli(Train, args=list(arguments), default=Train(base, preset, known.config), prog="effkern train")
+    base, preset, file, chosen = starting_point(arguments)
+    command = tyro.cli(Train, args=list(arguments), default=Train(base, preset, file), prog="effkern train")
     config = command.settings
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -212,6 +203,13 @@ def data(arguments: Sequence[str]) -> int:
     return tyro.extras.subcommand_cli_from_dict(commands, prog="effkern data", args=list(arguments))
 
 
+def ablate(arguments: Sequence[str]) -> int:
+    """Features alone and together, over seeds, at equal tokens."""
+    from effkern.cli_ablate import ablate as run
+
+    return run(arguments)
+
+
 def runs(arguments: Sequence[str]) -> int:
     """The subcommands of `effkern runs`."""
     from effkern.cli_runs import runs as run
@@ -244,6 +242,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "eval": ("loss, perplexity and accuracy of a checkpoint; --tasks", _from("effkern.cli_model", "evaluate", "eval")),
     "generate": ("continue a prompt with a checkpoint", _from("effkern.cli_model", "generate", "generate")),
     "export": ("write a checkpoint for Hugging Face transformers", _from("effkern.cli_model", "export", "export")),
+    "ablate": ("train a grid of features over seeds at equal tokens; one table, one plot", ablate),
     "runs": ("list, show, compare and plot the runs below a folder", runs),
     "data": ("build: pack text; stats: what a dataset holds; soft-labels: write a teacher's labels for it", data),
     "doctor": ("what was built, and what each op uses here: --json", _tyro(doctor, "doctor")),

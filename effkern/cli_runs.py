@@ -3,7 +3,7 @@
 import json as json_
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -14,8 +14,8 @@ from effkern.train.runs import changed, compare_runs, curves_of, find_runs, name
 if TYPE_CHECKING:
     from effkern.train.runs import Run
 
-Folder = tyro.conf.Positional[Path]
-Folders = tyro.conf.Positional[tuple[Path, ...]]
+Folder = Annotated[Path, tyro.conf.Positional]
+Folders = Annotated[tuple[Path, ...], tyro.conf.Positional]
 
 
 def list_runs(folder: Folder = Path("runs"), json: bool = False) -> int:

@@ -144,3 +144,34 @@ def plot_curves(
     _tidy(axes)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def plot_ablation(
+    arms: Mapping[str, dict[str, Any]], curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]], path: Path
+) -> None:
+    """Validation curves, one thin line a seed, and each arm's final loss minus the first arm's with its error."""
+    figure, axes = _figure(2)
+    left, right = axes[0]
+    colour = {name: PALETTE[number % len(PALETTE)] for number, name in enumerate(arms)}
+    later = []
+    for name, seeds in curves.items():
+        for number, points in enumerate(seeds):
+            label = None if number else name
+            xs, ys = [tokens / 1e6 for tokens, _ in points], [loss for _, loss in points]
+            left.plot(xs, ys, lw=0.9, color=colour[name], label=label)
+            later += ys[1:]
+    left.set(xlabel="million tokens", ylabel="validation loss, nats per token")
+    if later and max(later) > min(later):
+        margin = 0.05 * (max(later) - min(later))
+        left.set_ylim(min(later) - margin, max(later) + margin)
+    left.legend(frameon=False)
+    others = list(arms)[1:]
+    for place, name in enumerate(others):
+        value = arms[name]["difference"]
+        right.errorbar(value["mean"], place, xerr=value["error"], fmt="o", color=colour[name], capsize=3)
+    right.axvline(0, color="#bbbbbb", lw=0.8)
+    right.set_yticks(range(len(others)), others)
+    right.set_ylim(len(others) - 0.5, -0.5)
+    right.set_xlabel(f"final loss minus {next(iter(arms))}'s, nats (< 0: better)")
+    _tidy(axes)
+    figure.savefig(path)
