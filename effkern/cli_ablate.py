@@ -35,7 +35,7 @@ def ablate(arguments: Sequence[str]) -> int:
         teacher_steps: int = 0
         """Steps of a teacher that is trained first; 0: its preset's."""
         preset: str = ""
-        """demo by default; any of `effkern train`'s."""
+        """Any of `effkern train`'s; without one and without --config: demo."""
         config: str = ""
         """TOML file as of `effkern train`."""
         dry_run: bool = False

@@ -19,7 +19,7 @@ class Start(NamedTuple):
 
 
 def starting_point(arguments: Sequence[str], preset: str = "") -> Start:
-    """What --preset (or a file's own, or `preset`) and --config of `arguments` give.
+    """What --preset (or a file's own) and --config of `arguments` give; with neither, `preset`.
 
     Raises:
         ValueError: no such preset, or a file that does not fit.
@@ -29,7 +29,7 @@ def starting_point(arguments: Sequence[str], preset: str = "") -> Start:
     first.add_argument("--config", default="")
     known, _ = first.parse_known_args(arguments)
     table = read_toml(known.config) if known.config else {}
-    named = known.preset or table.pop("preset", "") or preset
+    named = known.preset or table.pop("preset", "") or ("" if known.config else preset)
     table.pop("preset", None)
     chosen = get_preset(named) if named else None
     base = overlay(chosen.config if chosen else TrainConfig(), table, source=known.config or "config")

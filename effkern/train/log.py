@@ -68,8 +68,8 @@ class RunLog:
             self.watch(kind, step, values)
 
     def close(self) -> None:
+        if self._wandb is not None:
+            self._wandb.close()
         self._file.close()
         if self._writer is not None:
             self._writer.close()
-        if self._wandb is not None:
-            self._wandb.close()

@@ -74,6 +74,8 @@ class Trainer:
             raise ValueError(f"lora.rank must be 0 to train a whole model (effkern finetune), got {config.lora.rank}")
         self.config, self.title, self.quiet = config, title, quiet
         self.out = Path(config.run.out)
+        if config.run.wandb:
+            require_wandb(config.run.wandb)
         set_threads(config.run)
         self.device = choose_device(config.run.device)
         self.dtype = choose_precision(config.run.precision, self.device)
@@ -84,8 +86,6 @@ class Trainer:
                 f"got {config.model.vocab_size}"
             )
         _check_gate(config)
-        if config.run.wandb:
-            require_wandb(config.run.wandb)
         self.inputs = Inputs.of(self.dataset)
         self.order = BatchOrder(
             self.dataset, seq_len=config.data.seq_len, batch_size=config.data.batch_size, seed=config.data.seed

@@ -173,15 +173,13 @@ def test_the_teacher_is_trained_first_where_there_is_none(student, tmp_path):
     assert report["arms"]["salt"]["flops"] > report["arms"]["base"]["flops"]
 
 
-def test_the_command(student, tmp_path, capsys):
+def test_the_command(student, tmp_path, capsys, monkeypatch):
     """Values of the command line reach the runs, a dry run trains nothing, and wrong ones are named."""
-    from effkern.train.presets import get_preset
-
     data, out = student.data.path, tmp_path / "out"
     file = tmp_path / "small.toml"
     file.write_text(
         "[model]\nvocab_size = 300\nhidden_size = 16\nnum_layers = 1\nnum_heads = 2\nnum_kv_heads = 1\nmlp_size = 24\n"
-        "max_seq_len = 32\n[data]\nseq_len = 16\nbatch_size = 4\n[schedule]\nsteps = 4\nkd_steps = 2\n"
+        "max_seq_len = 32\n[data]\nseq_len = 16\nbatch_size = 4\n[schedule]\nsteps = 4\n"
         '[run]\ndevice = "cpu"\nprecision = "fp32"\neval_tokens = 256\ntensorboard = false\nplot = false\n'
     )
     command = ["ablate", "--config", str(file), "--data.path", data, "--out", str(out), "--seeds", "1"]
@@ -190,14 +188,16 @@ def test_the_command(student, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == [str(out / "base" / "seed-7"), str(out / "shampoo" / "seed-7")]
     assert not out.exists()
-    assert cli.main([*command, "--schedule.mode", "baseline"]) == 0
+    assert cli.main(command) == 0
     assert "| shampoo |" in capsys.readouterr().out
     assert read_run(out / "shampoo" / "seed-7").config["optimizer"]["name"] == "shampoo"
-    assert cli.main([*command, "--schedule.mode", "baseline"]) == 0
+    assert cli.main(command) == 0
     assert f"base seed-7: done in {out / 'base' / 'seed-7'}" in capsys.readouterr().out
     assert cli.main([*command, "--seeds", "0"]) == 1
     assert "seeds must be at least 1, got 0" in capsys.readouterr().err
-    assert get_preset("demo-composed").teacher == "demo-teacher"
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["ablate", "--dry-run", "--features", "salt"]) == 0
+    assert capsys.readouterr().out.count(" 3 layers, adamw, salt") == 3
 
 
 def test_presets_that_follow_papers_say_what_is_not_confirmed():

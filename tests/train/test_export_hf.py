@@ -75,6 +75,9 @@ def test_any_other_decoder_goes_with_its_own_code_and_the_same_bits(trained, tmp
     assert torch.equal(found.logits, expected)
     loss = torch.nn.functional.cross_entropy(expected[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     assert found.loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    # As transformers' Trainer divides where it accumulates gradients.
+    shared = model(tokens, labels=tokens, num_items_in_batch=torch.tensor(4 * 3 * 19)).loss
+    assert shared.item() == pytest.approx(loss.item() / 4, rel=1e-6)
     continued = model.generate(tokens[:, :5], max_new_tokens=6, do_sample=False, pad_token_id=299, eos_token_id=None)
     assert torch.equal(continued, generate(own, tokens[:, :5], 6))
     model.save_pretrained(tmp_path / "again")

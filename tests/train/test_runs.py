@@ -18,8 +18,8 @@ from tests.train.fixtures import at
 def folder(base, tmp_path_factory):
     """Two finished runs, one of them shorter and with another rate, and one that was stopped."""
     folder = tmp_path_factory.mktemp("runs")
-    train(at(base, folder / "a" / "long", schedule__steps=80), quiet=True)
-    train(at(base, folder / "b" / "short", schedule__steps=60, optimizer__lr=2e-2), quiet=True)
+    train(at(base, folder / "a" / "long", schedule__steps=80, run__checkpoint_every=0), quiet=True)
+    train(at(base, folder / "b" / "short", schedule__steps=60, run__checkpoint_every=0, optimizer__lr=2e-2), quiet=True)
     trainer = Trainer(at(base, folder / "b" / "stopped"), quiet=True)
     step = trainer.step
 
