@@ -32,7 +32,7 @@ def list_runs(folder: Folder = Path("runs"), json: bool = False) -> int:
     table = _table("run", "steps", "parameters", "tokens", "loss", "accuracy", "bits/byte", "time")
     for run in runs:
         steps = f"{run.step}/{run.steps}" if run.steps else str(run.step)
-        state = "" if run.finished else " stopped" if not run.problems else " damaged"
+        state = "" if run.finished else " unfinished" if not run.problems else " damaged"
         table.add_row(str(run.path), steps + state, f"{run.parameters:,}" if run.parameters else "-", *_figures(run))
     _print(table)
     return 0

@@ -51,7 +51,7 @@ def test_list_has_every_run_with_its_own_figures(folder, base, capsys):
         }
     shown = run(capsys, "list", folder)
     assert "80/80" in shown
-    assert "28/240 stopped" in shown
+    assert "28/240 unfinished" in shown
     assert f"{found[1]['loss']:.4f}" in shown
 
 
