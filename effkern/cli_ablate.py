@@ -1,5 +1,6 @@
 """`effkern ablate`: which of the methods help, alone and together, at equal tokens."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,6 +42,8 @@ def ablate(arguments: Sequence[str]) -> int:
         dry_run: bool = False
         """Print the runs, and stop."""
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise NotImplementedError("ablate trains in one process; torchrun is for effkern train")
     start = starting_point(arguments, "demo")
     default = Ablate(start.base, preset=start.preset, config=start.config)
     command = tyro.cli(Ablate, args=list(arguments), default=default, prog="effkern ablate")

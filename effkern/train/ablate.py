@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from effkern.data import PackedDataset
+from effkern.data.soft_labels import SoftLabelCache
 from effkern.train.ablation_report import write_report
 from effkern.train.checkpoint import CheckpointError, list_checkpoints, read_meta, resolve_checkpoint
 from effkern.train.config import FREE_ON_RESUME, TrainConfig
@@ -137,8 +138,30 @@ def is_done(config: TrainConfig) -> bool:
     except CheckpointError:
         return False
     stored = asdict(overlay(TrainConfig(), meta["config"], source=f"checkpoint {found[-1]}"))
-    same = meta["inputs"]["dataset"] == PackedDataset(config.data.path).hash
-    return same and not differences(stored, config, FREE_ON_RESUME)
+    if differences(stored, config, FREE_ON_RESUME) or meta["inputs"]["dataset"] != PackedDataset(config.data.path).hash:
+        return False
+    _check_teacher(config, meta["inputs"], found[-1])
+    return True
+
+
+def _check_teacher(config: TrainConfig, inputs: Mapping[str, str], checkpoint: Path) -> None:
+    """Whose labels a finished run had: the trainer loads no teacher for it any more, and would not ask.
+
+    Raises:
+        CheckpointError: another teacher's.
+    """
+    if not _needs_teacher(config):
+        return
+    if config.teacher.cache:
+        stored, now = inputs.get("labels", ""), SoftLabelCache(config.teacher.cache).hash
+    else:
+        teacher = read_meta(resolve_checkpoint(Path(config.teacher.checkpoint)))
+        stored, now = inputs.get("teacher", ""), teacher["files"]["model.safetensors"]
+    if stored != now:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} had another teacher ({stored[:12] or 'none'}, now {now[:12]}); nothing was "
+            "overwritten. Choose another --out."
+        )
 
 
 def plan(ablation: Ablation) -> str:

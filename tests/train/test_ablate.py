@@ -9,15 +9,18 @@ from dataclasses import replace
 import pytest
 
 from effkern import cli
+from effkern.data import build_dataset, val_batches
 from effkern.models import LaurelConfig, count_parameters
 from effkern.train.ablate import Ablation, AblationInterrupted, is_done, run_ablation
 from effkern.train.config import ScheduleConfig, TeacherConfig
+from effkern.train.evaluate import evaluate
 from effkern.train.features import FEATURES, arms, default_stages, parse_feature
 from effkern.train.loop import Trainer
 from effkern.train.mapping import differences
 from effkern.train.presets import PRESETS
 from effkern.train.restore import load_model, weights_digest
 from effkern.train.runs import read_run
+from effkern.train.soft_labels import LabelOptions, SoftLabelJob
 from tests.train.fixtures import at
 
 ALL = ("laurel", "looped", "shampoo", "salt")
@@ -173,6 +176,47 @@ def test_the_teacher_is_trained_first_where_there_is_none(student, tmp_path):
     assert report["arms"]["salt"]["flops"] > report["arms"]["base"]["flops"]
 
 
+def test_another_teacher_or_cache_is_refused_for_a_finished_run(student, teacher, dataset, tmp_path):
+    """A finished run loads no teacher any more, so the ablation itself must compare."""
+    live = Ablation(student, ("salt",), tmp_path / "live", seeds=1)
+    run_ablation(live, quiet=True)
+    again = at(student, tmp_path / "again", schedule__mode="baseline")
+    Trainer(again, quiet=True).run()
+    changed = replace(student, teacher=TeacherConfig(checkpoint=str(tmp_path / "again")))
+    with pytest.raises(RuntimeError, match=r"had another teacher \(.*Choose another --out"):
+        run_ablation(replace(live, config=changed), quiet=True)
+    run_ablation(live, quiet=True)
+
+    def cached(name, **options):
+        given = LabelOptions(method="sampled", seq_len=16, device="cpu", precision="fp32", **options)
+        SoftLabelJob(teacher, dataset.path, given).write(tmp_path / name)
+        return replace(student, teacher=TeacherConfig(cache=str(tmp_path / name)))
+
+    first, second = cached("first"), cached("second", seed=1)
+    report = run_ablation(Ablation(first, ("salt",), tmp_path / "cached", seeds=2), quiet=True)
+    assert read_run(tmp_path / "cached" / "salt" / "seed-1").trained[0]["divergence"] > 0
+    assert report["arms"]["salt"]["teacher_share"] > 0
+    with pytest.raises(RuntimeError, match="had another teacher"):
+        run_ablation(Ablation(second, ("salt",), tmp_path / "cached", seeds=2), quiet=True)
+
+
+def test_an_arm_on_other_data_is_measured_on_the_same_text(student, dataset, tmp_path):
+    """Selected data, as a feature of one's own: the report's loss is not the one in that run's log."""
+    (tmp_path / "text").mkdir()
+    for i in range(12):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"item {i} of the list is alpha\n" * 60)
+    tokenizer = dataset.path / dataset.manifest.tokenizer.file
+    build_dataset(tmp_path / "few", [tmp_path / "text"], tokenizer=tokenizer, val_fraction=0.3)
+    (tmp_path / "few.toml").write_text(f"[data]\npath = '{tmp_path / 'few'}'\n")
+    feature = f"selected={tmp_path / 'few.toml'}"
+    report = run_ablation(Ablation(student, ("laurel", feature), tmp_path / "out", seeds=1, grid="each"), quiet=True)
+    out = tmp_path / "out" / "selected" / "seed-0"
+    model = load_model(out).model
+    batches = val_batches(dataset, 16, 4, student.run.eval_tokens)
+    expected = evaluate(model, batches, dataset.bytes_per_token("val")).loss
+    assert report["arms"]["selected"]["loss"]["mean"] == expected != read_run(out).evals[-1]["loss"]
+
+
 def test_the_command(student, tmp_path, capsys, monkeypatch):
     """Values of the command line reach the runs, a dry run trains nothing, and wrong ones are named."""
     data, out = student.data.path, tmp_path / "out"
@@ -195,6 +239,10 @@ def test_the_command(student, tmp_path, capsys, monkeypatch):
     assert f"base seed-7: done in {out / 'base' / 'seed-7'}" in capsys.readouterr().out
     assert cli.main([*command, "--seeds", "0"]) == 1
     assert "seeds must be at least 1, got 0" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(command) == 1
+    assert "ablate trains in one process" in capsys.readouterr().err
+    monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.chdir(tmp_path)
     assert cli.main(["ablate", "--dry-run", "--features", "salt"]) == 0
     assert capsys.readouterr().out.count(" 3 layers, adamw, salt") == 3
