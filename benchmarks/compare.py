@@ -35,7 +35,7 @@ def changes(before: Cases, after: Cases, floor: str | None) -> list[tuple[str, s
                 lines = old[name], variants[name]
                 if floor is None and all("of_floor" in line for line in lines):
                     # Those of a floor itself are all 1.
-                    if name not in lines[0]["floor"] or len(lines[0]["floor"]) > 1:
+                    if lines[0].get("floor", {}).keys() != {name}:
                         found.append((benchmark, case, name, lines[0]["of_floor"], lines[1]["of_floor"]))
                 elif base is not None and name != base:
                     ratios = [side[name]["wall"] / side[base]["wall"] for side in (old, variants)]
