@@ -1,10 +1,10 @@
 """Regressions on a CPU: python -m benchmarks baseline [--op OP ...] [--write]
 
 Measures one small case of every op (suite.SMALL) on one thread, in one process, and prints which ratios of our time to
-the floor's are more than 15% above those in benchmarks/baselines/cpu.json. Ratios, as times belong to a machine and its
-load; the median over rounds in which both take turns. What seems slower is measured again, twice, and its least ratio
-counts. Prints and never fails: on another processor, or on one that is busy, a ratio proves little, and the text says
-so. The tests hold results; this only holds their price.
+the floor's are more than 15% above those in benchmarks/baselines/cpu.json. Ratios, as times belong to a machine, and of
+process CPU time, which other processes disturb least; the median over rounds in which both take turns. What seems
+slower is measured again, twice, and its least ratio counts. Prints and never fails: on another processor, or on one that
+is busy, a ratio proves little, and the text says so. The tests hold results; this only holds their price.
 
 --write makes the baselines anew: of each ratio the median of five measurements.
 """
@@ -54,7 +54,7 @@ def ratios(op: Op, case: Case, attempts: int, rounds: int) -> list[Ratios]:
     for _ in range(attempts):
         _, extra = harness.measure(op, case, p, rounds, LEAST_SECONDS, warmup=1)
         kept = [*ours(op), *(name for name in p.sums if name.startswith("effkern"))]
-        found.append({name: extra[name]["of_floor"] for name in kept if name in extra})
+        found.append({name: extra[name]["of_floor_cpu"] for name in kept if name in extra})
     return found
 
 

@@ -186,7 +186,7 @@ def result_lines(benchmark: str, case: dict[str, Any], timings: dict[str, Timing
 def table(timings: dict[str, Timing], floor: str, extra: dict[str, dict]) -> str:
     """Text table: times, ratios to the variant named `floor` (or `of_floor` of the extra fields), rates, memory."""
     known = (("gb_per_s", "GB/s", 1.0, 1), ("tflop_per_s", "GFLOP/s", 1e3, 1), ("of_bound", "of bound", 1.0, 2),
-             ("peak_mib", "peak MiB", 1.0, 0))  # fmt: skip
+             ("state_over_parameters", "state", 1.0, 3), ("peak_mib", "peak MiB", 1.0, 0))  # fmt: skip
     columns = [c for c in known if any(e.get(c[0]) for e in extra.values())]
     lines = [
         f"{'variant':<32}{'wall ms':>10}{'low':>9}{'high':>9}{'cpu ms':>10}{'x floor':>9}{'cpu x':>7}"

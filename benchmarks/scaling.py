@@ -132,7 +132,13 @@ def main(arguments: list[str]) -> int:
     for name in a.op:
         op = suite.load(name)
         for s in op.scaling:
-            timings, found = measure(op, s, a.rounds, a.least)
+            try:
+                timings, found = measure(op, s, a.rounds, a.least)
+            except WrongResult:
+                raise
+            except SystemExit as error:
+                print(f"| {name} | {s.field} | left out: {error} | | | | |", flush=True)
+                continue
             sizes, ms = " ".join(map(str, s.values)), " ".join(f"{1e3 * t.wall_low:.3g}" for t in timings)
             slope = f"{found.exponent:.2f} +- {found.error:.2f} | {found.last:.2f}"
             print(f"| {name} | {s.field} | {sizes} | {ms} | {slope} | {s.why} |", flush=True)

@@ -63,7 +63,7 @@ SMALL = {
     "laurel": "--rows=512 --dims=768 --ranks=32 --dtypes=float32 --pass=both",
     "loop_similarity": "--dims=256 --dtypes=float32 --pass=both",
     "loop_step": "--forms=glue --rows=512 --dims=768 --dtypes=float32 --pass=both",
-    "looped_linear_attention": "--batches=64 --loops=16 --pass=both --threads=1",
+    "looped_linear_attention": "--batches=256 --loops=16 --pass=both --threads=1",
     "lora_rite": "--pairs=16 --ranks=16",
     "shampoo": "--layers=1 --width=192",
     "soft_labels": "--methods=topk --rows=256 --dim=256 --vocab=8000",

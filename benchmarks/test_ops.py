@@ -15,7 +15,7 @@ from benchmarks import runner  # isort: skip
 import torch
 
 from benchmarks import harness, suite
-from benchmarks.case import Case, Prepared
+from benchmarks.case import Case, Prepared, WrongResult
 
 COMPILED = ("torch.compile", "compile", "liger chunked (compiled)")
 
@@ -58,7 +58,12 @@ def _quiet():
 def test_speed(name: str, variant: str, benchmark: Any) -> None:
     op = suite.load(name)
     torch.set_num_threads(small_case(name)[1] or torch.get_num_threads())
-    case = checked(name)
+    try:
+        case = checked(name)
+    except WrongResult as error:
+        pytest.fail(str(error))
+    except SystemExit as error:
+        pytest.skip(str(error))
     prepared: Prepared = harness.prepare(op, case, [variant])
     if variant not in prepared.variants:
         pytest.skip(f"{variant} does not cover {harness.title(case)}")

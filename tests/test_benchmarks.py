@@ -99,11 +99,11 @@ def test_a_run_keeps_what_other_ops_measured(tmp_path, monkeypatch, capsys):
     asked = []
 
     work = {"bytes": 10, "flops": 600, "flop_dtype": "float32", "threads": 2}
+    of_cpu = {"benchmark": "ceilings", "threads": 2}
     rates = [
-        {"benchmark": "ceilings", "case": {"device": "cpu"}, "variant": "copy", "threads": 2, "bytes": 8, "wall_low": 2.0},
-        {"benchmark": "ceilings", "case": {"device": "cpu", "dtype": "float32"}, "variant": "mm", "threads": 2,
-         "flops": 900, "wall_low": 3.0},
-    ]  # fmt: skip
+        {**of_cpu, "case": {"device": "cpu"}, "variant": "copy", "bytes": 8, "wall_low": 2.0},
+        {**of_cpu, "case": {"device": "cpu", "dtype": "float32"}, "variant": "mm", "flops": 900, "wall_low": 3.0},
+    ]
 
     class Done:
         returncode, stdout = 0, "machine\n" + json.dumps(json.loads(line("ours", 3.0, "distill")) | work)
@@ -119,12 +119,7 @@ def test_a_run_keeps_what_other_ops_measured(tmp_path, monkeypatch, capsys):
     assert command.main(["run", "--op", "distill", "--json", str(path)]) == 0
     assert asked == [["benchmarks", "ceilings", "--json"], ["benchmarks.ops.distill", "--json", "--rounds=3"]]
     laurel, copy, mm, distill = map(json.loads, path.read_text().splitlines())
-    assert (laurel["benchmark"], laurel["wall"], distill["benchmark"], distill["wall"]) == (
-        "laurel",
-        1.0,
-        "distill",
-        3.0,
-    )
+    assert [(r["benchmark"], r["wall"]) for r in (laurel, distill)] == [("laurel", 1.0), ("distill", 3.0)]
     assert [copy, mm] == rates
     # 10 bytes at 4 a second, 600 FLOPs at 300.
     assert (distill["bound_s"], distill["bound_by"]) == (2.5, "memory")

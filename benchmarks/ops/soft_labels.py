@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.case import Axis, Case, Op, Prepared, Run, Scaling, Work, WrongResult, item_bytes
 from effkern import soft_labels
+from effkern.ops.distill.chunked import chunk_bytes, chunk_rows
 
 METHODS: dict[str, dict[str, Any]] = {"topk": {"k": 16}, "sampled": {"draws": 50}, "stratified": {"k": 8, "draws": 8}}
 CHECK_ROWS = 32
@@ -87,6 +88,14 @@ def work(case: Case) -> Work:
     return Work(moved, 2.0 * rows * dim * vocab, case["dtype"])
 
 
+def why(case: Case) -> list[str]:
+    device = torch.device(case["device"])
+    rows = chunk_rows(case["rows"], case["vocab"], case["dim"], 4, chunk_bytes(device))
+    return [
+        f"{-(-case['rows'] // rows)} chunks of {rows} rows: float32 logits of at most {chunk_bytes(device) >> 20} MiB"
+    ]
+
+
 OP = Op(
     name="soft_labels",
     doc=__doc__,
@@ -103,6 +112,7 @@ OP = Op(
     work=work,
     floor={"product": 1.0},
     registry=("soft_labels",),
+    why=why,
     scaling=(
         Scaling("rows", (64, 128, 256, 512, 1024),
                 {"method": "topk", "dim": 128, "vocab": 8000, "dtype": "float32"}, "1: every row costs the same"),

@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.case import Axis, Case, Huge, Op, Prepared, Run, Scaling, Work, WrongResult, item_bytes
 from effkern import token_stats
 from effkern.ops.distill import gemm
+from effkern.ops.distill.chunked import chunk_bytes, chunk_rows
 from effkern.ops.token_stats import reference
 
 CHECK_ROWS = 32
@@ -71,6 +72,14 @@ def work(case: Case) -> Work:
     return Work(moved, 2.0 * rows * dim * vocab, case["dtype"])
 
 
+def why(case: Case) -> list[str]:
+    device = torch.device(case["device"])
+    rows = chunk_rows(case["rows"], case["vocab"], case["dim"], 4, chunk_bytes(device))
+    return [
+        f"{-(-case['rows'] // rows)} chunks of {rows} rows: float32 logits of at most {chunk_bytes(device) >> 20} MiB"
+    ]
+
+
 def huge() -> Huge:
     """More than 2^31 logits, of which only a chunk ever exists; the last rows must be what they are alone."""
     vocab, dim = 32000, 16
@@ -103,7 +112,7 @@ OP = Op(
     work=work,
     floor={"product": 1.0},
     registry=("token_stats", "label_rank"),
-    why=lambda case: ["rows are taken in chunks of at most 32 MiB of float32 logits on a CPU"],
+    why=why,
     memory=True,
     scaling=(
         Scaling("rows", (64, 128, 256, 512, 1024),
