@@ -3,8 +3,8 @@
 Measures one small case of every op (suite.SMALL) on one thread, in one process, and prints which ratios of our time to
 the floor's are more than 15% above those in benchmarks/baselines/cpu.json. Ratios, as times belong to a machine, and of
 process CPU time, which other processes disturb least; the median over rounds in which both take turns. What seems
-slower is measured again, twice, and its least ratio counts. Prints and never fails: on another processor, or on one that
-is busy, a ratio proves little, and the text says so. The tests hold results; this only holds their price.
+slower is measured again, twice, and its least ratio counts. Prints and never fails: on another processor, or on one
+that is busy, a ratio proves little, and the text says so. The tests hold results; this only holds their price.
 
 --write makes the baselines anew: of each ratio the median of five measurements.
 """

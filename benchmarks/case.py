@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -38,6 +39,12 @@ class Work:
             "gb_per_s": self.bytes / seconds / 1e9,
             "tflop_per_s": self.flops / seconds / 1e12,
         }
+
+
+@cache
+def compiled(function: Callable) -> Callable:
+    """The function under torch.compile, whose import waits for the first call."""
+    return torch.compile(function, dynamic=False)
 
 
 def num_bytes(*tensors: Tensor | None) -> int:

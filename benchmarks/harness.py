@@ -103,8 +103,8 @@ def measure(op: Op, case: Case, p: Prepared, rounds: int, least: float = 0.1, wa
             more["floor"] = dict(floor)
             more["of_floor"] = statistics.median(x[0] / y[0] for x, y in zip(found[name], base))
             # A process clock may stand still for the shortest of calls.
-            pairs = [(x[1], y[1]) for x, y in zip(found[name], base)]
-            more["of_floor_cpu"] = statistics.median(x / y if y else math.nan for x, y in pairs)
+            of_cpu = [x[1] / y[1] for x, y in zip(found[name], base) if y[1] > 0]
+            more["of_floor_cpu"] = statistics.median(of_cpu) if of_cpu else None
         extra[name] = more
     return timings, extra
 

@@ -19,7 +19,7 @@ from benchmarks import harness, runner  # isort: skip
 import torch
 from torch import Tensor
 
-from benchmarks.case import Axis, Case, Op, Prepared, Run, Scaling, Work, hold, passes
+from benchmarks.case import Axis, Case, Op, Prepared, Run, Scaling, Work, compiled, hold, passes
 from effkern import looped_linear_attention
 from effkern.ops.looped_linear_attention import reference
 from effkern.ops.looped_linear_attention.problem import FORMS, cheapest, products
@@ -120,7 +120,7 @@ def prepare(case: Case, names: Sequence[str]) -> Prepared:
         elif name == "compile":
             first = runner.interleave({k: call(FUNCTIONS[k]) for k in ("loop", "moments")}, 3, 1)
             faster = min(first, key=lambda k: first[k].wall)
-            made[name] = call(torch.compile(FUNCTIONS[faster], dynamic=False))
+            made[name] = call(compiled(FUNCTIONS[faster]))
         else:
             made[name] = call(FUNCTIONS[name])
     share = multiply_adds(case, case["pass"] == "both") / ORDER**3
