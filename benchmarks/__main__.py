@@ -12,6 +12,7 @@ OP          one op's benchmark with its own options; --explain says what a case 
             without one: all of them, with their defaults
 """
 
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -59,4 +60,11 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        status = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone (| head); what Python still holds must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    sys.exit(status)

@@ -69,9 +69,13 @@ def prepare(op: Op, case: Case, names: Sequence[str], warm: bool = False) -> Pre
         return first
     count = min(runner.MOST_SETS, math.ceil(runner.ROTATE_BYTES / first.held))
     sets = [first, *(op.prepare(case, names) for _ in range(count - 1))]
+    # No set's first call, which touches its memory for the first time, is timed.
+    for p in sets:
+        for run in p.variants.values():
+            run()
     first.variants = {name: runner.rotating([p.variants[name] for p in sets]) for name in first.variants}
-    for extra in first.extra.values():
-        extra["sets"] = count
+    for name in first.variants:
+        first.extra.setdefault(name, {})["sets"] = count
     return first
 
 
