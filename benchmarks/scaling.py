@@ -1,9 +1,10 @@
 """Cost against size for every op: python -m benchmarks scaling [--op OP ...] [--huge] [--json FILE]
 
 Each op declares what grows (benchmarks/ops), over four octaves and more; the sizes take turns, round by round. Printed
-are the times and the exponent b of t = a n^b, the slope of the least-squares line through (log n, log t), with its
-standard error sqrt(sum r^2 / (m - 2) / sum (x - mean x)^2) for m sizes and residuals r; and the slope between the two
-largest sizes, where what a call costs besides its arithmetic weighs least.
+are the process CPU times (medians), which other work disturbs least, and the exponent b of t = a n^b, the slope of the
+least-squares line through (log n, log t), with its standard error sqrt(sum r^2 / (m - 2) / sum (x - mean x)^2) for m
+sizes and residuals r; and the slope between the two largest sizes, where what a call costs besides its arithmetic
+weighs least.
 
 --huge calls every op with more than 2^31 elements, where 32-bit offsets would overflow, and checks the last of them;
 it leaves out what needs more than HUGE_SHARE of the memory that is free.
@@ -81,8 +82,7 @@ def measure(op: Op, s: Scaling, rounds: int, least: float) -> tuple[list[runner.
     timings = runner.interleave(runs, rounds, 1)
     each = [runner.Timing(*(v / n for v in (t.wall, t.wall_low, t.wall_high, t.cpu)))
             for t, n in zip(timings.values(), counts)]  # fmt: skip
-    # The fastest round: what the size costs, and not what interrupted it.
-    return each, fit(s.values, [t.wall_low for t in each])
+    return each, fit(s.values, [t.cpu for t in each])
 
 
 def available_memory() -> int:
@@ -127,7 +127,9 @@ def main(arguments: list[str]) -> int:
         return 1 if failed else 0
     runner.keep_memory()
     print(json.dumps(runner.machine()))
-    print("| op | against | sizes | ms | exponent | last octave | expected |", "|" + "---|" * 7, sep="\n", flush=True)
+    print(
+        "| op | against | sizes | CPU ms | exponent | last octave | expected |", "|" + "---|" * 7, sep="\n", flush=True
+    )
     lines = []
     for name in a.op:
         op = suite.load(name)
@@ -139,7 +141,7 @@ def main(arguments: list[str]) -> int:
             except SystemExit as error:
                 print(f"| {name} | {s.field} | left out: {error} | | | | |", flush=True)
                 continue
-            sizes, ms = " ".join(map(str, s.values)), " ".join(f"{1e3 * t.wall_low:.3g}" for t in timings)
+            sizes, ms = " ".join(map(str, s.values)), " ".join(f"{1e3 * t.cpu:.3g}" for t in timings)
             slope = f"{found.exponent:.2f} +- {found.error:.2f} | {found.last:.2f}"
             print(f"| {name} | {s.field} | {sizes} | {ms} | {slope} | {s.why} |", flush=True)
             for value, t in zip(s.values, timings):
