@@ -43,6 +43,11 @@ class Bound(NamedTuple):
         return "memory" if self.memory >= self.products else "products"
 
 
+def place(device: str, threads: int) -> tuple[str, int]:
+    """A GPU's rates do not depend on the threads of the process."""
+    return device, threads if device == "cpu" else 0
+
+
 class Ceilings:
     """The rates in result lines of `measure`, by device, threads and type."""
 
@@ -52,7 +57,7 @@ class Ceilings:
         for r in records:
             if r["benchmark"] != NAME:
                 continue
-            where = r["case"]["device"], r["threads"]
+            where = place(r["case"]["device"], r["threads"])
             if r["variant"] == "copy":
                 self.bandwidth[where] = r["bytes"] / r["wall_low"]
             else:
@@ -60,8 +65,9 @@ class Ceilings:
 
     def bound(self, work: Work, device: str, threads: int) -> Bound | None:
         """None where a ceiling that the work needs was not measured."""
-        bandwidth = self.bandwidth.get((device, threads))
-        rate = self.products.get((device, threads, work.dtype)) if work.flops else 1.0
+        where = place(device, threads)
+        bandwidth = self.bandwidth.get(where)
+        rate = self.products.get((*where, work.dtype)) if work.flops else 1.0
         if bandwidth is None or rate is None:
             return None
         memory, products = work.bytes / bandwidth, work.flops / rate
@@ -78,8 +84,9 @@ class Ceilings:
         return {**record, "bound_s": bound.seconds, "of_bound": bound.seconds / record["wall"], "bound_by": bound.by}
 
     def text(self, device: str, threads: int) -> list[str]:
-        found = [f"copy {self.bandwidth[device, threads] / 1e9:.1f} GB/s"]
-        found += [f"{k[2]} {rate / 1e9:.0f} GFLOP/s" for k, rate in self.products.items() if k[:2] == (device, threads)]
+        where = place(device, threads)
+        found = [f"copy {self.bandwidth[where] / 1e9:.1f} GB/s"]
+        found += [f"{k[2]} {rate / 1e9:.0f} GFLOP/s" for k, rate in self.products.items() if k[:2] == where]
         return [f"ceilings of {device}, {threads} threads: {', '.join(found)}"]
 
 
@@ -146,7 +153,7 @@ def main(arguments: list[str]) -> int:
         prog="python -m benchmarks ceilings", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, nargs="+", default=thread_counts())
+    parser.add_argument("--threads", type=int, nargs="+", help="of a CPU; default: 1, 2 and all")
     parser.add_argument("--dtypes", nargs="+", choices=[*DTYPES, "float16"], default=list(DTYPES))
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of text")
@@ -154,6 +161,8 @@ def main(arguments: list[str]) -> int:
     if a.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device must be one that is there, got 'cuda', and torch sees none")
     device = torch.device(a.device)
+    if a.threads is None:
+        a.threads = thread_counts() if a.device == "cpu" else [torch.get_num_threads()]
     if a.sweep:
         torch.set_num_threads(a.threads[0])
         sweep(device)

@@ -226,6 +226,10 @@ def test_the_roofline_takes_the_larger_time():
     assert found.bound(Work(10.0, 0.0, "bfloat16"), "cpu", 1) == (1.0, 1.0, 0.0)
     assert found.bound(Work(10.0), "cpu", 2) is None
     assert found.bound(Work(10.0), "cuda", 1) is None
+    # On a GPU the threads of the process do not count.
+    on_gpu = record("copy", "bytes", 20.0)
+    on_gpu["case"]["device"] = "cuda"
+    assert ceilings.Ceilings([on_gpu]).bound(Work(50.0), "cuda", 7) == (5.0, 5.0, 0.0)
     old = {"benchmark": "laurel", "case": {}, "variant": "effkern", "wall": 1.0, "threads": 1}
     assert found.with_bound(old) == old
 
