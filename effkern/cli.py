@@ -167,9 +167,9 @@ def doctor(json: bool = False) -> int:
 
 
 def bench(arguments: Sequence[str]) -> int:
-    """Run the benchmark suite of a source checkout; arguments go to `python -m benchmarks`.
+    """`python -m benchmarks` of a source checkout: run, check, compare, report, baseline, scaling, or one op.
 
-    `distill --explain` prints the cost model's table instead, and needs no checkout.
+    `distill --explain` prints the cost model's table, and needs no checkout.
     """
     if arguments[:1] == ["distill"] and "--explain" in arguments:
         from effkern.ops.distill.explain import main as explain
@@ -180,7 +180,10 @@ def bench(arguments: Sequence[str]) -> int:
         raise ValueError(
             "bench needs the folder benchmarks/ of a source checkout beside the package, got an installed package alone"
         )
-    return subprocess.run([sys.executable, "-m", "benchmarks", *arguments], cwd=root, check=False).returncode
+    # Not in the checkout's folder: files that the arguments name are where the user is.
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
 
 
 def finetune(arguments: Sequence[str]) -> int:
@@ -246,7 +249,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "runs": ("list, show, compare and plot the runs below a folder", runs),
     "data": ("build: pack text; stats: what a dataset holds; soft-labels: write a teacher's labels for it", data),
     "doctor": ("what was built, and what each op uses here: --json", _tyro(doctor, "doctor")),
-    "bench": ("benchmark suite of a source checkout; distill --explain: the cost model, anywhere", bench),
+    "bench": ("benchmarks of a source checkout: run, check, compare, report, OP --explain ...", bench),
 }
 
 
