@@ -26,8 +26,10 @@ demo: install
 test: install
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "slow or not slow" -n logical --maxprocesses=8 --dist loadscope --no-loadscope-reorder
 
+# Minutes. `effkern bench --help` has the rest: full runs, targets, baselines, one op.
 bench: install
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks run --json runs/bench/suite.jsonl
+	$(BIN)/python -m benchmarks report runs/bench/suite.jsonl --out runs/bench
 
 # Runs the Triton kernels on the CPU and stops at accesses out of bounds and races. The tool's metadata ask for a newer
 # Python than it needs. Half-precision products exist on a GPU only.

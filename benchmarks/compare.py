@@ -1,8 +1,8 @@
 """Two measurements of the same cases: python -m benchmarks compare BEFORE AFTER [--floor VARIANT] [--slower 1.15]
 
-Compares ratios, not times: each variant's wall time over that of a variant both files have in the same case (the floor:
-by default the first whose name is no effkern), because machines and their load differ. Exit status 1 if an effkern
-variant's ratio grew by more than `--slower`.
+Compares ratios, not times, because machines and their load differ: each variant's wall time over its floor's where both
+files say it (of_floor, the median over rounds), else over that of a variant both have in the same case (by default the
+first that is not ours). Exit status 1 if the ratio of one of ours grew by more than `--slower`.
 """
 
 import argparse
@@ -16,7 +16,11 @@ from benchmarks.targets import Cases, read_lines
 def floor_of(names: list[str], floor: str | None) -> str | None:
     if floor is not None:
         return floor if floor in names else None
-    return next((name for name in names if not name.startswith("effkern")), None)
+    return next((name for name in names if not is_ours(name)), None)
+
+
+def is_ours(name: str) -> bool:
+    return name.startswith(("effkern", "ours")) or name in ("LoRA-RITE", "auto")
 
 
 def changes(before: Cases, after: Cases, floor: str | None) -> list[tuple[str, str, str, float, float]]:
@@ -27,10 +31,13 @@ def changes(before: Cases, after: Cases, floor: str | None) -> list[tuple[str, s
             old = before.get(benchmark, {}).get(case, {})
             both = [name for name in variants if name in old]
             base = floor_of(both, floor)
-            if base is None:
-                continue
             for name in both:
-                if name != base:
+                lines = old[name], variants[name]
+                if floor is None and all("of_floor" in line for line in lines):
+                    # Those of a floor itself are all 1.
+                    if lines[0].get("floor", {}).keys() != {name}:
+                        found.append((benchmark, case, name, lines[0]["of_floor"], lines[1]["of_floor"]))
+                elif base is not None and name != base:
                     ratios = [side[name]["wall"] / side[base]["wall"] for side in (old, variants)]
                     found.append((benchmark, case, name, ratios[0], ratios[1]))
     return found
@@ -55,6 +62,6 @@ def main(arguments: list[str]) -> int:
     for benchmark, case, name, old, new in found:
         text = ", ".join(f"{k} {v}" for k, v in json.loads(case).items() if v is not None)
         print(f"| {benchmark} | {text} | {name} | {old:.2f} | {new:.2f} | {new / old:.2f} |")
-    slower = [row for row in found if row[2].startswith("effkern") and not row[4] / row[3] <= a.slower]
-    print(f"\n{len(found)} ratios, {len(slower)} of effkern more than {a.slower:g} times what they were")
+    slower = [row for row in found if is_ours(row[2]) and not row[4] / row[3] <= a.slower]
+    print(f"\n{len(found)} ratios, {len(slower)} of ours more than {a.slower:g} times what they were")
     return 1 if slower else 0

@@ -1,5 +1,6 @@
 """How benchmarks measure: variants in turn, medians, wall and process CPU time, memory in a process of its own."""
 
+import itertools
 import json
 import os
 import platform
@@ -7,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from typing import Any
@@ -50,10 +51,13 @@ def machine() -> dict[str, Any]:
     }
 
 
-def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, Timing]:
+Rounds = dict[str, list[tuple[float, float]]]
+"""Wall and process CPU seconds of each variant, round after round."""
+
+
+def rounds_of(variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> Rounds:
     """Run every variant once per round, in turn, so that a drift of the machine reaches all alike."""
-    wall: dict[str, list[float]] = {name: [] for name in variants}
-    cpu: dict[str, list[float]] = {name: [] for name in variants}
+    found: Rounds = {name: [] for name in variants}
     for i in range(warmup + rounds):
         for name, run in variants.items():
             w, c = time.perf_counter(), time.process_time()
@@ -61,12 +65,53 @@ def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, warmup
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if i >= warmup:
-                wall[name].append(time.perf_counter() - w)
-                cpu[name].append(time.process_time() - c)
-    return {
-        name: Timing(statistics.median(wall[name]), min(wall[name]), max(wall[name]), statistics.median(cpu[name]))
-        for name in variants
-    }
+                found[name].append((time.perf_counter() - w, time.process_time() - c))
+    return found
+
+
+def summary(pairs: Sequence[tuple[float, float]]) -> Timing:
+    wall = [w for w, _ in pairs]
+    return Timing(statistics.median(wall), min(wall), max(wall), statistics.median(c for _, c in pairs))
+
+
+def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, Timing]:
+    """Medians of `rounds_of`."""
+    return {name: summary(pairs) for name, pairs in rounds_of(variants, rounds, warmup).items()}
+
+
+def repeated(run: Callable[[], object], least: float = 0.1) -> tuple[Callable[[], object], int]:
+    """A function that lasts at least about `least` seconds, and how many calls it makes.
+
+    A short call alone would be charged for what the variant before left behind: freed memory, cold caches, timers.
+    """
+    run()
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    count = max(1, int(least / (time.perf_counter() - start)))
+
+    def many() -> None:
+        for _ in range(count):
+            run()
+
+    return many, count
+
+
+# Where a copy no longer finds anything in the cache. On a Xeon whose last level of 480 MiB is shared with other tenants
+# copies run at 57 GB/s within 2 MiB, 25 to 29 within 4 to 64, and at 13 to 14.5 from 128 MiB to 1 GiB alike
+# (python -m benchmarks ceilings --sweep): a tenant's share is far below the nominal size.
+ROTATE_BYTES = 128 << 20
+# Sets of inputs, where one is a few KiB.
+MOST_SETS = 64
+
+
+def rotating(runs: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    """A function that calls the next of `runs` each time, so that no call finds its inputs in the cache."""
+    if len(runs) == 1:
+        return runs[0]
+    turn = itertools.cycle(runs)
+    return lambda: next(turn)()
 
 
 def keep_memory() -> None:
@@ -139,13 +184,26 @@ def result_lines(benchmark: str, case: dict[str, Any], timings: dict[str, Timing
 
 
 def table(timings: dict[str, Timing], floor: str, extra: dict[str, dict]) -> str:
-    """Text table: times, and ratios to the variant named `floor`."""
-    base = timings[floor]
-    lines = [f"{'variant':<28}{'wall ms':>9}{'low':>8}{'high':>8}{'cpu ms':>9}{'x floor':>9}{'cpu x':>7}  peak MiB"]
+    """Text table: times, ratios to the variant named `floor` (or `of_floor` of the extra fields), rates, memory."""
+    known = (("gb_per_s", "GB/s", 1.0, 1), ("tflop_per_s", "GFLOP/s", 1e3, 1), ("of_bound", "of bound", 1.0, 2),
+             ("state_over_parameters", "state", 1.0, 3), ("peak_mib", "peak MiB", 1.0, 0))  # fmt: skip
+    columns = [c for c in known if any(e.get(c[0]) for e in extra.values())]
+    lines = [
+        f"{'variant':<32}{'wall ms':>10}{'low':>9}{'high':>9}{'cpu ms':>10}{'x floor':>9}{'cpu x':>7}"
+        + "".join(f"{title:>10}" for _, title, _, _ in columns)
+    ]
     for name, t in timings.items():
-        peak = extra.get(name, {}).get("peak_mib")
-        lines.append(
-            f"{name:<28}{t.wall * 1e3:>9.1f}{t.wall_low * 1e3:>8.1f}{t.wall_high * 1e3:>8.1f}{t.cpu * 1e3:>9.1f}"
-            f"{t.wall / base.wall:>9.2f}{t.cpu / base.cpu:>7.2f}  {'' if peak is None else f'{peak:.0f}'}"
-        )
+        more = extra.get(name, {})
+        ratios: list[float | None]
+        if floor in timings:
+            ratios = [t.wall / timings[floor].wall, t.cpu / timings[floor].cpu]
+        else:
+            ratios = [more.get("of_floor"), more.get("of_floor_cpu")]
+        cells = [f"{1e3 * s:>{w}.{3 if t.wall < 0.01 else 1}f}" for s, w in
+                 ((t.wall, 10), (t.wall_low, 9), (t.wall_high, 9), (t.cpu, 10))]  # fmt: skip
+        cells += [" " * w if r is None else f"{r:>{w}.2f}" for r, w in zip(ratios, (9, 7))]
+        for key, _, factor, digits in columns:
+            value = more.get(key)
+            cells.append(" " * 10 if value is None else f"{factor * value:>10.{digits}f}")
+        lines.append(f"{name:<32}{''.join(cells)}".rstrip())
     return "\n".join(lines)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from effkern.ops import shampoo as ops
 from effkern.optim import OneSidedShampoo, Shampoo
 
+CHECK_RIDGE = 1e-6
 Step = Callable[[], object]
 
 
@@ -172,6 +173,26 @@ def floor_parts(a: argparse.Namespace) -> dict[str, Step]:
     return {"floor: Gram": gram, "floor: eigh": eigh, "floor: products": products, "floor: embedding": adamw.step}
 
 
+def check(a: argparse.Namespace) -> None:
+    """No number on a wrong result: the first step's direction against float64.
+
+    The factors are then those of one gradient U diag(s) V: with ridge r it becomes U diag(s (s^2 + r s_1^2)^(-1/2)) V.
+    """
+    small = argparse.Namespace(**{**vars(a), "width": 48, "layers": 1, "vocabulary": 8})
+    cases: list[tuple[type[Shampoo], dict[str, Any]]] = [(OneSidedShampoo, {}), (Shampoo, {"side": "both"})]
+    for cls, options in cases:
+        run, optimizer = ours(small, cls, weight_decay=0.0, ridge=CHECK_RIDGE, **options)
+        before = [p.detach().double() for p in optimizer.param_groups[0]["params"]]
+        run()
+        for p, was in zip(optimizer.param_groups[0]["params"], before):
+            U, s, V = torch.linalg.svd(p.grad.double(), full_matrices=False)
+            want = (U * (s * (s**2 + CHECK_RIDGE * s[0] ** 2) ** -0.5)) @ V
+            moved = (was - p.detach().double()).flatten()
+            error = 1 - torch.nn.functional.cosine_similarity(moved, want.flatten(), dim=0).item()
+            if not error <= 1e-5:
+                raise SystemExit(f"wrong result of {cls.__name__}: 1 - cosine {error:.1e} > 1e-5; nothing is timed")
+
+
 def measure(a: argparse.Namespace) -> tuple[dict[str, runner.Timing], dict[str, dict[str, float]]]:
     runs, extra = variants(a)
     timings = runner.interleave({**runs, **floor_parts(a)}, a.rounds, warmup=1)
@@ -239,6 +260,7 @@ def main() -> None:
     if a.peak:
         print(runner.peak_memory(lambda: prepared(a)))
         return
+    check(a)
     timings, extra = measure(a)
     for name, value in peak(a).items():
         extra[name]["peak_mib"] = value

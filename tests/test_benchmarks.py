@@ -60,10 +60,12 @@ def test_every_target_names_a_benchmark_that_exists():
     found = targets.read()
     assert len({t.name for t in found}) == len(found)
     root = Path(targets.__file__).parents[1]
-    assert set(suite.QUICK) == set(suite.FULL)
+    assert set(suite.QUICK) == set(suite.FULL) == {*suite.SMALL, "shampoo_step"}
     for op in suite.FULL:
         assert (root / (suite.module(op).replace(".", "/") + ".py")).exists(), op
-    assert {t.benchmark for t in found} <= set(suite.FULL)
+    for name in {t.benchmark for t in found} - set(suite.FULL):
+        places = (f"ops/{name}.py", f"{name}.py", f"{name}/__main__.py")
+        assert any((root / "benchmarks" / place).exists() for place in places), name
 
 
 def test_check_says_what_is_missed(tmp_path, monkeypatch, capsys):
@@ -87,7 +89,7 @@ def test_compare_takes_ratios_and_not_times(tmp_path, capsys):
     assert command.main(["compare", before, slow_machine]) == 0
     assert "| one | device cpu, rows 1 | effkern | 1.20 | 1.20 | 1.00 |" in capsys.readouterr().out
     assert command.main(["compare", before, slower]) == 1
-    assert "1 ratios, 1 of effkern" in capsys.readouterr().out
+    assert "1 ratios, 1 of ours" in capsys.readouterr().out
     assert compare.floor_of(["effkern", "eager", "products"], None) == "eager"
     assert compare.floor_of(["effkern", "eager"], "products") is None
 
@@ -98,19 +100,32 @@ def test_a_run_keeps_what_other_ops_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(suite.QUICK, "distill", ["--rounds=3"])
     asked = []
 
+    work = {"bytes": 10, "flops": 600, "flop_dtype": "float32", "threads": 2}
+    of_cpu = {"benchmark": "ceilings", "threads": 2}
+    rates = [
+        {**of_cpu, "case": {"device": "cpu"}, "variant": "copy", "bytes": 8, "wall_low": 2.0},
+        {**of_cpu, "case": {"device": "cpu", "dtype": "float32"}, "variant": "mm", "flops": 900, "wall_low": 3.0},
+    ]
+
     class Done:
-        returncode, stdout = 0, "machine\n" + line("ours", 3.0, "distill")
+        returncode, stdout = 0, "machine\n" + json.dumps(json.loads(line("ours", 3.0, "distill")) | work)
+
+    class Ceilings:
+        returncode, stdout = 0, "\n".join(map(json.dumps, rates))
 
     def run(words, **_):
         asked.append(words[2:])
-        return Done
+        return Ceilings if "ceilings" in words else Done
 
     monkeypatch.setattr(suite.subprocess, "run", run)
     assert command.main(["run", "--op", "distill", "--json", str(path)]) == 0
-    assert asked == [["benchmarks.ops.distill", "--json", "--rounds=3"]]
-    assert [(r["benchmark"], r["wall"]) for r in map(json.loads, path.read_text().splitlines())] == [
-        ("laurel", 1.0), ("distill", 3.0),
-    ]  # fmt: skip
+    assert asked == [["benchmarks", "ceilings", "--json"], ["benchmarks.ops.distill", "--json", "--rounds=3"]]
+    laurel, copy, mm, distill = map(json.loads, path.read_text().splitlines())
+    assert [(r["benchmark"], r["wall"]) for r in (laurel, distill)] == [("laurel", 1.0), ("distill", 3.0)]
+    assert [copy, mm] == rates
+    # 10 bytes at 4 a second, 600 FLOPs at 300.
+    assert (distill["bound_s"], distill["bound_by"]) == (2.5, "memory")
+    assert distill["of_bound"] == pytest.approx(2.5 / 3.0)
     Done.returncode = 1
     assert command.main(["run", "--op", "distill", "--json", str(path)]) == 1
     assert "FAILED" in capsys.readouterr().out

@@ -3,23 +3,27 @@
     python -m benchmarks.ops.batched_eigh                      time per matrix, n = 4 ... 128, both dtypes
     python -m benchmarks.ops.batched_eigh --adversarial        errors of all solvers on hard matrices
 
+The floor is torch.linalg.eigh. FLOPs count the reduction to tridiagonal form (4/3 n^3) and the vectors' way back
+from it (2 n^3), not the iteration between.
 Errors are in units of n eps: backward |A - Q diag(w) Q^T| / |A|, orthogonality |Q^T Q - I|, Frobenius norms, the worst
 matrix of a batch; `relative` is the largest relative error of an eigenvalue against float64, for float32 matrices.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
 
 # First, as it sets the thread policy before torch is imported.
-from benchmarks import runner  # isort: skip
+from benchmarks import harness, runner  # isort: skip
 
 import torch
 from torch import Tensor
 
+from benchmarks.case import Axis, Case, Huge, Op, Prepared, Scaling, Work, WrongResult, item_bytes
 from effkern import batched_eigh
+from effkern.ops.batched_eigh.api import MAX_ORDER
 
 SOLVERS: dict[str, dict[str, str]] = {
     "auto": {"method": "auto"},
@@ -96,42 +100,91 @@ def print_adversarial(orders: list[int], count: int, as_json: bool) -> None:
             print(f"| {' | '.join(map(str, case.values()))} | {' | '.join(cells)} | {note} |", flush=True)
 
 
-def variants(a: Tensor) -> dict[str, Callable[[], object]]:
-    def run(options: dict[str, str]) -> Callable[[], object]:
-        return lambda: batched_eigh(a, **options)
+def make(case: Case) -> Tensor:
+    torch.manual_seed(0)
+    x = torch.randn(case["count"], case["n"], 2 * case["n"]).to(case["device"], getattr(torch, case["dtype"]))
+    return x @ x.mT
 
-    return {name: run(options) for name, options in SOLVERS.items() if a.device.type == "cpu" or name != "lapack"}
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adversarial", action="store_true")
-    parser.add_argument("--orders", type=int, nargs="+", default=[4, 8, 16, 24, 32, 48, 64, 128])
-    parser.add_argument("--count", type=int, default=128)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", action="store_true")
-    a = parser.parse_args()
-    torch.set_num_threads(a.threads)
-    if not a.json:
-        print(json.dumps(runner.machine()))
-    if a.adversarial:
-        return print_adversarial([n for n in a.orders if 16 <= n <= 128 and n in (16, 64, 128)], 4, a.json)
-    if not a.json:
-        print("| n | dtype | auto us | jacobi us | lapack us | torch us | auto/torch |", "|" + "---|" * 7, sep="\n")
-    for n, dtype in product(a.orders, (torch.float32, torch.float64)):
-        torch.manual_seed(0)
-        x = torch.randn(a.count, n, 2 * n).to(a.device, dtype)
-        timings = runner.interleave(variants(x @ x.mT), a.rounds)
-        case = {"n": n, "count": a.count, "dtype": str(dtype).removeprefix("torch."), "device": a.device}
-        if a.json:
-            print("\n".join(runner.result_lines("batched_eigh", case, timings, {})), flush=True)
+def check(case: Case) -> None:
+    """Backward error and orthogonality of each solver on a few matrices, within the bound that the op states."""
+    a = make({**case, "count": min(case["count"], 8)})
+    for name, solver in SOLVERS.items():
+        if (name == "lapack" and a.is_cuda) or (name == "jacobi" and case["n"] > MAX_ORDER):
             continue
-        each = {name: 1e6 * t.wall / a.count for name, t in timings.items()}
-        cells = [f"{each[name]:.1f}" if name in each else "" for name in SOLVERS]
-        print(f"| {n} | {case['dtype']} | {' | '.join(cells)} | {each['auto'] / each['torch']:.2f} |", flush=True)
+        found = errors(a, solver)
+        if found["status"] != [0] or not max(found["backward"], found["orthogonality"]) <= 4:
+            raise WrongResult(f"wrong result of {name}: {found}; nothing is timed")
 
+
+def prepare(case: Case, names: Sequence[str]) -> Prepared:
+    a = make(case)
+    left_out = {"lapack"} if a.is_cuda else set()
+    left_out |= {"jacobi"} if case["n"] > MAX_ORDER else set()
+    return Prepared({n: lambda o=SOLVERS[n]: batched_eigh(a, **o) for n in names if n not in left_out})  # type: ignore[misc]
+
+
+def work(case: Case) -> Work:
+    n, count = case["n"], case["count"]
+    return Work((2 * n * n + n) * count * item_bytes(case["dtype"]), 10 / 3 * n**3 * count, case["dtype"])
+
+
+def why(case: Case) -> list[str]:
+    """The C++ side decides; its choice shows in equal bits."""
+    if case["device"] != "cpu":
+        return [f"one block per matrix up to n = {MAX_ORDER}, torch.linalg.eigh above"]
+    a = make({**case, "count": 2})
+    auto = batched_eigh(a).vectors
+    same = [m for m in ("jacobi", "lapack") if (m == "lapack" or case["n"] <= MAX_ORDER)
+            and torch.equal(batched_eigh(a, method=m).vectors, auto)]  # fmt: skip
+    return [f'method="auto" is {" or ".join(same)} at n = {case["n"]}: the faster one as measured when it was set']
+
+
+def huge() -> Huge:
+    """More than 2^31 numbers in the batch: the last matrices must be what they are alone."""
+    n = 8
+    count = (1 << 31) // n**2 + 16
+
+    def run() -> None:
+        a = make({"n": n, "count": 16, "dtype": "float32", "device": "cpu"})
+        wide, alone = batched_eigh(a.repeat(count // 16, 1, 1)), batched_eigh(a)
+        if not torch.equal(wide.values[-16:], alone.values) or not torch.equal(wide.vectors[-16:], alone.vectors):
+            raise WrongResult("wrong result of the last matrices")
+
+    return Huge((2 * n * n + n) * count * 4, f"{count} matrices of order {n}, float32", run)
+
+
+def print_errors(a: argparse.Namespace) -> bool:
+    if a.adversarial:
+        print_adversarial([n for n in a.n if n in (16, 64, 128)], 4, a.json)
+    return a.adversarial
+
+
+OP = Op(
+    name="batched_eigh",
+    doc=__doc__,
+    axes=(
+        Axis("n", "--orders", (4, 8, 16, 24, 32, 48, 64, 128)),
+        Axis("count", "--count", (128,)),
+        Axis("dtype", "--dtypes", ("float32", "float64"), ("float32", "float64")),
+    ),
+    variants=tuple(SOLVERS),
+    check=check,
+    prepare=prepare,
+    work=work,
+    floor={"torch": 1.0},
+    ours="auto",
+    registry=("batched_eigh",),
+    why=why,
+    options=lambda parser: parser.add_argument("--adversarial", action="store_true"),
+    instead=print_errors,
+    rounds=7,
+    scaling=(
+        Scaling("n", (8, 16, 32, 64, 128), {"count": 32, "dtype": "float32"}, "3: n^3 a matrix, less where n is small"),
+        Scaling("count", (16, 32, 64, 128, 256), {"n": 16, "dtype": "float32"}, "1: every matrix costs the same"),
+    ),
+    huge=huge,
+)
 
 if __name__ == "__main__":
-    main()
+    harness.main(OP)

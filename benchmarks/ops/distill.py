@@ -11,27 +11,28 @@ faster library for two of them; the second line is the floor with those calls.
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 # First, as it sets the thread policy before torch is imported.
-from benchmarks import runner  # isort: skip
+from benchmarks import harness, runner  # isort: skip
 
 import torch
 
 from benchmarks import handwritten
+from benchmarks.case import Axis, Case, Huge, Op, Prepared, Run, Scaling, Work, WrongResult, bound_of, hold, item_bytes
 from benchmarks.handwritten import OMEGA, PARAMETERS
 from effkern import TeacherHidden, TeacherLogits, linear_distill_loss
-from effkern.ops.distill import gemm
+from effkern.ops.distill import ceilings, cost, gemm
 from effkern.ops.distill.rows import DIVERGENCES
 
 CHECK_ROWS = 64
 # The loss in chunks of other sizes than its own.
 CHUNKS = {f"{mib} MiB": mib for mib in (8, 16, 32, 64, 128)}
+LIGER_NAME = "liger chunked (compiled)"
 # Those that Liger has a chunked loss for: beta of its JSD, or its cosine loss.
 LIGER = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": PARAMETERS["beta"], "cosine": None}
 
@@ -54,15 +55,20 @@ def make(
     divergence: str, case: str, rows: int, dim: int, vocab: int, teacher_dim: int, dtype: torch.dtype, device: str
 ) -> Inputs:
     torch.manual_seed(0)
-    hidden = torch.randn(rows, dim, device=device).to(dtype)
-    weight = (torch.randn(vocab, dim, device=device) * 2 / dim**0.5).to(dtype)
-    logits = torch.randn(rows, vocab, device=device).to(dtype) * 2 if case == "logits" else None
-    states = torch.randn(rows, teacher_dim, device=device).to(dtype) if case == "hidden" else None
-    head = (
-        (torch.randn(vocab, teacher_dim, device=device) * 2 / teacher_dim**0.5).to(dtype) if case == "hidden" else None
-    )
+
+    def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*shape, device=device) * scale).to(dtype)
+
+    hidden, weight = random(rows, dim), random(vocab, dim, scale=2 / dim**0.5)
+    logits = random(rows, vocab, scale=2.0) if case == "logits" else None
+    states = random(rows, teacher_dim) if case == "hidden" else None
+    head = random(vocab, teacher_dim, scale=2 / teacher_dim**0.5) if case == "hidden" else None
     labels = torch.randint(0, vocab, (rows,), device=device)
     return Inputs(divergence, hidden.requires_grad_(), weight.requires_grad_(), labels, logits, states, head)
+
+
+def inputs_of(case: Case) -> Inputs:
+    return make(**{**case, "dtype": getattr(torch, case["dtype"])})
 
 
 def effkern_loss(x: Inputs, chunk_mib: int | None = None) -> torch.Tensor:
@@ -104,7 +110,7 @@ def liger_loss(divergence: str) -> Callable[[Inputs], torch.Tensor] | str:
     return run
 
 
-def step(x: Inputs, loss: Callable[[Inputs], torch.Tensor]) -> Callable[[], None]:
+def step(x: Inputs, loss: Callable[[Inputs], torch.Tensor]) -> Run:
     """Forward and backward from empty gradients, as a training step has it."""
 
     def run() -> None:
@@ -114,7 +120,7 @@ def step(x: Inputs, loss: Callable[[Inputs], torch.Tensor]) -> Callable[[], None
     return run
 
 
-def products(x: Inputs) -> Callable[[], None]:
+def products(x: Inputs) -> Run:
     """The floor: logits, both gradients, and the teacher's logits where it comes as hidden states, by torch.mm."""
     hidden, weight = x.hidden.detach(), x.weight.detach()
     logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
@@ -130,7 +136,7 @@ def products(x: Inputs) -> Callable[[], None]:
     return run
 
 
-def products_as_ours(x: Inputs) -> Callable[[], None]:
+def products_as_ours(x: Inputs) -> Run:
     """The same products through the library calls that the op makes, all rows at once."""
     hidden, weight = x.hidden.detach(), x.weight.detach()
     grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight, dtype=torch.float32)
@@ -145,8 +151,8 @@ def products_as_ours(x: Inputs) -> Callable[[], None]:
     return run
 
 
-def variants(x: Inputs, names: list[str]) -> dict[str, Callable[[], None]]:
-    made: dict[str, Callable[[], None]] = {}
+def variants(x: Inputs, names: Sequence[str]) -> dict[str, Run]:
+    made: dict[str, Run] = {}
     for name in names:
         if name == "products":
             made[name] = products(x)
@@ -161,7 +167,7 @@ def variants(x: Inputs, names: list[str]) -> dict[str, Callable[[], None]]:
         elif name == "torch.compile":
             compiled = torch.compile(partial(handwritten.loss, x.divergence))
             made[name] = step(x, lambda x, c=compiled: eager_loss(x, c))  # type: ignore[misc]
-        elif name == "liger chunked (compiled)":
+        elif name == LIGER_NAME:
             liger = liger_loss(x.divergence)
             if isinstance(liger, str):
                 print(f"left out: {liger}", file=sys.stderr)
@@ -170,35 +176,17 @@ def variants(x: Inputs, names: list[str]) -> dict[str, Callable[[], None]]:
     return made
 
 
-def check(x: Inputs) -> None:
-    """No number on a wrong result: the loss and both gradients of the first rows against eager in float64."""
-
-    def copy(wide: bool) -> Inputs:
-        def one(t: torch.Tensor | None, rows: int | None = CHECK_ROWS) -> torch.Tensor | None:
-            if t is None:
-                return None
-            part = t.detach()[:rows].clone()
-            return part.double() if wide and part.is_floating_point() else part
-
-        hidden, weight, labels = one(x.hidden), one(x.weight, None), one(x.labels)
-        assert hidden is not None
-        assert weight is not None
-        assert labels is not None
-        teacher = one(x.teacher_logits), one(x.teacher_hidden), one(x.teacher_weight, None)
-        return Inputs(x.divergence, hidden.requires_grad_(), weight.requires_grad_(), labels, *teacher)
-
-    narrow, wide = copy(wide=False), copy(wide=True)
+def check(case: Case) -> None:
+    """The loss and both gradients of a few rows against eager in float64."""
+    narrow, wide = (inputs_of({**case, "rows": min(case["rows"], CHECK_ROWS)}) for _ in range(2))
+    for name in ("hidden", "weight", "teacher_logits", "teacher_hidden", "teacher_weight"):
+        if (t := getattr(wide, name)) is not None:
+            setattr(wide, name, t.detach().double().requires_grad_(t.requires_grad))
     loss, truth = effkern_loss(narrow), eager_loss(wide)
     loss.backward()
     truth.backward()
-    bound = 1e-5 if x.hidden.dtype == torch.float32 else 2e-2
-    pairs = ((loss, truth), (narrow.hidden.grad, wide.hidden.grad), (narrow.weight.grad, wide.weight.grad))
-    for got, want in pairs:
-        assert got is not None
-        assert want is not None
-        error = ((got.double() - want).norm() / want.norm()).item()
-        if not error <= bound:
-            raise SystemExit(f"wrong result: relative error {error:.1e} > {bound:.0e}; nothing is timed")
+    grads = [(getattr(narrow, name).grad, getattr(wide, name).grad) for name in ("hidden", "weight")]
+    hold([(loss.detach(), truth.detach()), *grads], bound_of(case["dtype"]))
 
 
 def tiles(rows: int, dim: int, vocab: int, rounds: int) -> None:
@@ -221,65 +209,96 @@ def tiles(rows: int, dim: int, vocab: int, rounds: int) -> None:
     print(runner.table(runner.interleave({"one product": tiled(vocab), **cases}, rounds), "one product", {}))
 
 
-CASE = ("divergence", "case", "rows", "dim", "teacher_dim", "vocab", "dtype", "device")
+def prepare(case: Case, names: Sequence[str]) -> Prepared:
+    given = [name for name in names if name != LIGER_NAME or case["case"] == "hidden"]
+    return Prepared(variants(inputs_of(case), given))
 
 
-def peak_mib(variant: str, case: dict, threads: int) -> float:
-    """Memory of one variant beyond inputs and gradients, in a process of its own."""
-    options = [f"--{name.replace('_', '-')}={case[name]}" for name in CASE]
-    command = (*options, f"--threads={threads}", f"--peak-of={variant}")
-    return int(runner.in_fresh_process("benchmarks.ops.distill", *command)) / 2**20
+def work(case: Case) -> Work:
+    """Three products, four with the teacher's; operands and both gradients, each once."""
+    rows, dim, vocab, e = case["rows"], case["dim"], case["vocab"], item_bytes(case["dtype"])
+    wide = case["teacher_dim"] if case["case"] == "hidden" else 0
+    moved = 2 * (rows + vocab) * dim + (rows + vocab) * wide + (rows * vocab if case["case"] == "logits" else 0)
+    return Work(moved * e + 8 * rows, 2.0 * rows * vocab * (3 * dim + wide), case["dtype"])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=["logits", "hidden", "hard"], default="logits")
-    parser.add_argument("--divergence", choices=list(DIVERGENCES), default="forward_kl")
-    parser.add_argument("--rows", type=int, default=1024)
-    parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--teacher-dim", type=int, default=512)
-    parser.add_argument("--vocab", type=int, default=32000)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
-    parser.add_argument("--no-memory", action="store_true", help="times only")
-    parser.add_argument("--tiles", action="store_true")
-    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
-    a = parser.parse_args()
-    if a.device == "cpu":
-        torch.set_num_threads(a.threads)
+def why(case: Case) -> list[str]:
+    """The cost model's choice."""
+    kinds = {"logits": "logits", "hidden": "hidden", "hard": "none"}
+    e = item_bytes(case["dtype"])
+    problem = cost.Problem(
+        case["rows"], case["vocab"], case["dim"], kinds[case["case"]],  # type: ignore[arg-type]
+        case["teacher_dim"] if case["case"] == "hidden" else 0, e, e, teacher_logit_bytes=e,
+        passes=3 if DIVERGENCES[case["divergence"]].parameters else 2,
+    )  # fmt: skip
+    chosen = cost.plan(problem, ceilings.of_device(torch.device(case["device"])))
+    return [f"cost model (effkern bench distill --explain): {chosen.method}, {chosen.num_chunks} x {chosen.rows} rows"]
+
+
+def huge() -> Huge:
+    """More than 2^31 teacher logits, cross entropy and gradients; the last rows must be what they are alone."""
+    vocab, dim = 32000, 16
+    rows = (1 << 31) // vocab // 8 * 8 + 64
+
+    def run() -> None:
+        case = {"divergence": "forward_kl", "case": "hard", "rows": rows, "dim": dim, "vocab": vocab, "teacher_dim": 0,
+                "dtype": "float32", "device": "cpu"}  # fmt: skip
+        x = inputs_of(case)
+        logits = (torch.randn(64, vocab) * 2).bfloat16()
+        x.teacher_logits = logits.expand(rows // 64, 64, vocab).reshape(-1, vocab)
+        x.hidden, x.labels = x.hidden.detach()[: x.teacher_logits.shape[0]], x.labels[: x.teacher_logits.shape[0]]
+
+        def statistics(n: int) -> torch.Tensor:
+            teacher = TeacherLogits(x.teacher_logits[-n:])  # type: ignore[index]
+            with torch.no_grad():
+                return linear_distill_loss(
+                    x.hidden[-n:], x.weight.detach(), x.labels[-n:], teacher=teacher, omega=OMEGA, temperature=1.0,
+                    teacher_temperature=1.0,
+                ).stats.divergence[-64:]  # fmt: skip
+
+        if not torch.allclose(statistics(x.hidden.shape[0]), statistics(64), rtol=1e-4, atol=1e-5):
+            raise WrongResult("wrong result in the last rows")
+
+    return Huge(rows * vocab * 2 + (512 << 20), f"{rows} x {vocab} bfloat16 teacher logits, forward", run)
+
+
+def print_tiles(a: argparse.Namespace) -> bool:
     if a.tiles:
-        return tiles(256, a.dim, a.vocab, a.rounds)
-    shape = (a.divergence, a.case, a.rows, a.dim, a.vocab, a.teacher_dim, getattr(torch, a.dtype), a.device)
-    if a.peak_of:
-        print(runner.peak_memory(lambda: variants(make(*shape), [a.peak_of])[a.peak_of]))
-        return None
+        tiles(256, a.dim[0], a.vocab[0], a.rounds)
+    return a.tiles
 
-    case = {name: getattr(a, name) for name in CASE}
-    names = ["products", "products as in effkern", "effkern", "torch.compile", "eager"]
-    if a.case == "hidden":
-        names.insert(3, "liger chunked (compiled)")
-    x = make(*shape)
-    check(x)
-    runs = variants(x, names)
-    timings = runner.interleave(runs, a.rounds)
-    extra: dict[str, dict] = {}
-    if a.device == "cpu" and not a.no_memory:
-        for name in runs:
-            if not name.startswith("products"):
-                extra[name] = {"peak_mib": peak_mib(name, case, a.threads)}
-    if a.device != "cpu":
-        extra = {name: {"peak_mib": runner.peak_device_memory(run) / 2**20} for name, run in runs.items()}
-    if a.json:
-        print("\n".join(runner.result_lines("distill", case, timings, extra)))
-    else:
-        print(json.dumps({**case, **runner.machine()}))
-        print(runner.table(timings, "products", extra))
-        print("peak: memory beyond the inputs and the two gradients")
-    return None
 
+AXES = (
+    Axis("divergence", "--divergence", ("forward_kl",), list(DIVERGENCES)),
+    Axis("case", "--case", ("logits",), ("logits", "hidden", "hard")),
+    Axis("rows", "--rows", (1024,)),
+    Axis("dim", "--dim", (512,)),
+    Axis("teacher_dim", "--teacher-dim", (512,)),
+    Axis("vocab", "--vocab", (32000,)),
+    Axis("dtype", "--dtype", ("float32",), ("float32", "bfloat16")),
+)
+SMALL = {"divergence": "forward_kl", "case": "logits", "dim": 128, "teacher_dim": 128, "dtype": "float32"}
+OP = Op(
+    name="distill",
+    doc=__doc__,
+    axes=AXES,
+    variants=("products", "products as in effkern", "effkern", LIGER_NAME, "torch.compile", "eager", *CHUNKS),
+    check=check,
+    prepare=prepare,
+    work=work,
+    floor={"products": 1.0},
+    optional=tuple(CHUNKS),
+    registry=("linear_distill_loss",),
+    why=why,
+    options=lambda parser: parser.add_argument("--tiles", action="store_true"),
+    instead=print_tiles,
+    memory=True,
+    scaling=(
+        Scaling("rows", (64, 128, 256, 512, 1024), {**SMALL, "vocab": 8000}, "1: every row costs the same"),
+        Scaling("vocab", (2000, 4000, 8000, 16000, 32000), {**SMALL, "rows": 256}, "1: every entry costs the same"),
+    ),
+    huge=huge,
+)
 
 if __name__ == "__main__":
-    main()
+    harness.main(OP)

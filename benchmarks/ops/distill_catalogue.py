@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 # First, as it sets the thread policy before torch is imported.
-from benchmarks import runner  # isort: skip
+from benchmarks import harness, runner  # isort: skip
 
 import torch
 
@@ -21,30 +21,27 @@ from benchmarks.ops import distill
 from effkern.ops.distill.rows import DIVERGENCES
 
 NAMES = ["products", "products as in effkern", "effkern", "torch.compile", "eager"]
-LIGER = "liger chunked (compiled)"
 
 
 def measure(case: dict, rounds: int, threads: int, memory: bool, shares: list[str]) -> dict:
     """One row: ratios of wall and of process CPU time to the products, and MiB."""
     torch.compiler.reset()
-    shape = {**case, "dtype": getattr(torch, case["dtype"])}
-    x = distill.make(**shape)
-    distill.check(x)
-    known = [*NAMES, *distill.CHUNKS, *([LIGER] if case["case"] == "hidden" else [])]
-    runs = distill.variants(x, [name for name in known if name in shares])
+    distill.check(case)
+    known = [*NAMES, *distill.CHUNKS, *([distill.LIGER_NAME] if case["case"] == "hidden" else [])]
+    runs = distill.variants(distill.inputs_of(case), [name for name in known if name in shares])
     timings = runner.interleave(runs, rounds)
     floor = timings["products"]
     row: dict = {**case, "floor_ms": floor.wall * 1e3}
     for name, t in timings.items():
         row[name] = {"wall": t.wall / floor.wall, "cpu": t.cpu / floor.cpu}
         if memory and not name.startswith("products"):
-            row[name]["peak_mib"] = distill.peak_mib(name, case, threads)
+            row[name]["peak_mib"] = harness.peak_mib(distill.OP, case, name, threads)
     return row
 
 
 def markdown(rows: list[dict]) -> str:
     """Ratios of wall time (and of CPU time) to the products; MiB where measured."""
-    columns = [n for n in [*NAMES[1:], LIGER, *distill.CHUNKS] if any(n in row for row in rows)]
+    columns = [n for n in [*NAMES[1:], distill.LIGER_NAME, *distill.CHUNKS] if any(n in row for row in rows)]
     lines = [f"| divergence | dtype | products, ms | {' | '.join(columns)} |", "|---" * (3 + len(columns)) + "|"]
     for row in rows:
         cells = []
@@ -61,7 +58,7 @@ def main() -> None:
     parser.add_argument("--case", choices=["logits", "hidden"], default="logits")
     parser.add_argument("--divergences", nargs="+", choices=list(DIVERGENCES), default=list(DIVERGENCES))
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    parser.add_argument("--variants", nargs="+", default=[*NAMES, LIGER])
+    parser.add_argument("--variants", nargs="+", default=[*NAMES, distill.LIGER_NAME])
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--teacher-dim", type=int, default=512)

@@ -4,30 +4,22 @@
     python -m benchmarks.ops.gemm_bf16 --rows 255 --dims 511 --vocab 31999
     python -m benchmarks.ops.gemm_bf16 --kernel avx512_bf16               not the fastest that this CPU runs
 
-Process CPU time, the least of several rounds in which the variants take turns. "widened" is what the loss does where
+"cpu x" is the ratio of process CPU time to torch.mm's. "widened" is what the loss does where
 the CPU does not multiply bfloat16. "add" adds to a float32 total, "first" overwrites it.
 """
 
-import argparse
-import json
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 
 # First, as it sets the thread policy before torch is imported.
-from benchmarks import runner  # isort: skip
+from benchmarks import harness  # isort: skip
 
 import torch
 
+from benchmarks.case import Axis, Case, Op, Prepared, Run, Scaling, Work, hold
 from effkern.ops.distill import gemm, gemm_schema
 
 OPS = torch.ops.effkern
-RATIOS = {
-    "logits": "torch.mm, logits",
-    "logits, widened": "torch.mm, logits",
-    "first": "torch.mm, gradient",
-    "add": "torch.mm, gradient",
-    "add, rounded": "torch.mm, gradient",
-}
+KERNELS = [name for name in gemm_schema.KERNELS if name != "none"]
 
 
 def widened(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> None:
@@ -43,28 +35,36 @@ def add_rounded(total: torch.Tensor, grad: torch.Tensor, hidden: torch.Tensor) -
         total[v : v + gemm.CPU_TILE] += torch.mm(grad[:, v : v + gemm.CPU_TILE].t(), hidden)
 
 
-def check(rows: int, vocab: int, dim: int) -> None:
-    """No number on a wrong result."""
-    hidden, weight, grad = torch.randn(rows, dim), torch.randn(vocab, dim), torch.randn(rows, vocab)
-    hidden, weight, grad = hidden.bfloat16(), weight.bfloat16(), grad.bfloat16()
+def choose(case: Case) -> None:
+    if not gemm_schema.bf16_gemm():
+        raise SystemExit("effkern._C is not built, or this CPU does not multiply bfloat16 (AVX512-BF16)")
+    if case["kernel"] != gemm_schema.kernel():
+        gemm_schema.choose(case["kernel"])
+
+
+def check(case: Case) -> None:
+    """Both products at odd sizes against float64."""
+    choose(case)
+    torch.manual_seed(0)
+    rows, vocab, dim = 33, 1999, 130
+    hidden, weight, grad = (torch.randn(*s).bfloat16() for s in ((rows, dim), (vocab, dim), (rows, vocab)))
     out, total = torch.empty(rows, vocab), torch.empty(vocab, dim)
     OPS.bf16_mm_nt_(out, hidden, weight)
     OPS.bf16_add_tn_(total, grad, hidden, True)
-    for got, a, b in ((out, hidden, weight.t()), (total, grad.t(), hidden)):
-        truth = a.double() @ b.double()
-        if not (error := ((got - truth).norm() / truth.norm()).item()) < 1e-6:
-            raise SystemExit(f"wrong result: relative error {error:.1e}; nothing is timed")
+    hold(((out, hidden.double() @ weight.t().double()), (total, grad.t().double() @ hidden.double())), 1e-6)
 
 
-def measure(rows: int, dim: int, vocab: int, rounds: int) -> dict[str, float]:
-    """Seconds of each variant."""
+def prepare(case: Case, names: Sequence[str]) -> Prepared:
+    choose(case)
+    torch.manual_seed(0)
+    rows, dim, vocab = case["rows"], case["dim"], case["vocab"]
     hidden, weight = torch.randn(rows, dim).bfloat16(), torch.randn(vocab, dim).bfloat16()
     out, total = torch.zeros(rows, vocab), torch.zeros(vocab, dim)
     narrow_out, narrow_total = out.bfloat16(), total.bfloat16()
     # As the row pass leaves it: the first half of float32 rows.
     grad = torch.randn(rows, vocab).view(torch.bfloat16)[:, :vocab]
     grad.copy_(torch.randn(rows, vocab))
-    runs: dict[str, Callable[[], object]] = {
+    runs: dict[str, Run] = {
         "torch.mm, logits": lambda: torch.mm(hidden, weight.t(), out=narrow_out),
         "logits": lambda: OPS.bf16_mm_nt_(out, hidden, weight),
         "logits, widened": lambda: widened(out, hidden, weight),
@@ -73,50 +73,57 @@ def measure(rows: int, dim: int, vocab: int, rounds: int) -> dict[str, float]:
         "add": lambda: OPS.bf16_add_tn_(total, grad, hidden, False),
         "add, rounded": lambda: add_rounded(total, grad, hidden),
     }
-    best = dict.fromkeys(runs, float("inf"))
-    for i in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.process_time()
-            run()
-            if i:
-                best[name] = min(best[name], time.process_time() - start)
-    return best
+    return Prepared({name: runs[name] for name in names})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[256, 512, 1024])
-    parser.add_argument("--dims", type=int, nargs="+", default=[256, 512, 768, 2048])
-    parser.add_argument("--vocab", type=int, default=32000)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--kernel", choices=[name for name in gemm_schema.KERNELS if name != "none"])
-    parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
-    a = parser.parse_args()
-    if not gemm_schema.bf16_gemm():
-        raise SystemExit("effkern._C is not built, or this CPU does not multiply bfloat16 (AVX512-BF16)")
-    if a.kernel:
-        gemm_schema.choose(a.kernel)
-    kernel = gemm_schema.kernel()
-    torch.set_num_threads(a.threads)
-    torch.manual_seed(0)
-    check(33, 1999, 130)
-    if not a.json:
-        print(json.dumps(runner.machine()))
-        print(f"kernel {kernel}: CPU time of torch.mm in ms, of the others as ratios to it")
-        print("| rows | dim | torch.mm, logits | torch.mm, gradient | " + " | ".join(RATIOS) + " |")
-        print("|---" * (4 + len(RATIOS)) + "|")
-    for rows in a.rows:
-        for dim in a.dims:
-            cpu = measure(rows, dim, a.vocab, a.rounds)
-            if a.json:
-                case = {"kernel": kernel, "rows": rows, "dim": dim, "vocab": a.vocab}
-                print(json.dumps({"benchmark": "gemm_bf16", **case, "cpu": cpu, **runner.machine()}), flush=True)
-                continue
-            floors = [f"{cpu[name] * 1e3:.1f}" for name in ("torch.mm, logits", "torch.mm, gradient")]
-            ratios = [f"{cpu[name] / cpu[floor]:.2f}" for name, floor in RATIOS.items()]
-            print(f"| {rows} | {dim} | {' | '.join(floors + ratios)} |", flush=True)
+def work(case: Case) -> Work:
+    """Of the logits, in float32."""
+    rows, dim, vocab = case["rows"], case["dim"], case["vocab"]
+    return Work(2 * (rows + vocab) * dim + 4 * rows * vocab, 2.0 * rows * dim * vocab, "bfloat16")
+
+
+def works(case: Case) -> dict[str, Work | None]:
+    rows, dim, vocab, w = case["rows"], case["dim"], case["vocab"], work(case)
+    read = 2 * rows * (dim + vocab)
+    first, add = (Work(read + 4 * n * vocab * dim, w.flops, w.dtype) for n in (1, 2))
+    return {"torch.mm, gradient": Work(read + 2 * vocab * dim, w.flops, w.dtype), "first": first, "add": add,
+            "add, rounded": add}  # fmt: skip
+
+
+def floor(variant: str) -> dict[str, float]:
+    return {"torch.mm, logits" if "logits" in variant else "torch.mm, gradient": 1.0}
+
+
+def why(case: Case) -> list[str]:
+    return [f"kernel {case['kernel']}: the fastest of {', '.join(KERNELS)} that this CPU runs, or what --kernel says"]
+
+
+OP = Op(
+    name="gemm_bf16",
+    doc=__doc__,
+    axes=(
+        Axis("kernel", "--kernel", (gemm_schema.kernel(),), KERNELS),
+        Axis("rows", "--rows", (256, 512, 1024)),
+        Axis("dim", "--dims", (256, 512, 768, 2048)),
+        Axis("vocab", "--vocab", (32000,)),
+    ),
+    variants=("torch.mm, logits", "logits", "logits, widened", "torch.mm, gradient", "first", "add", "add, rounded"),
+    check=check,
+    prepare=prepare,
+    work=work,
+    works=works,
+    floor=floor,
+    ours="logits",
+    why=why,
+    devices=("cpu",),
+    rounds=5,
+    threads=1,
+    scaling=(
+        Scaling("dim", (64, 128, 256, 512, 1024), {"rows": 256, "vocab": 4000}, "1: FLOPs, less where results bound"),
+    ),
+    no_huge="the loss takes it in chunks of at most 32 MiB",
+)
 
 
 if __name__ == "__main__":
-    main()
+    harness.main(OP)

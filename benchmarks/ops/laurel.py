@@ -12,30 +12,41 @@ as many bytes by Tensor.copy_ into memory that exists. malloc keeps the memory o
 as every allocator with a cache does; `--fresh` leaves it as it is, and which variant then pays for page faults is luck.
 """
 
-import argparse
-import json
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 # First, as it sets the thread policy before torch is imported.
-from benchmarks import runner  # isort: skip
+from benchmarks import harness  # isort: skip
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.case import (
+    Axis,
+    Case,
+    Huge,
+    Op,
+    Prepared,
+    Run,
+    Scaling,
+    Work,
+    WrongResult,
+    bound_of,
+    compiled,
+    hold,
+    item_bytes,
+    num_bytes,
+    passes,
+)  # fmt: skip
 from effkern import laurel_residual
 
 PASSES = ("forward", "both")
 MOVES = {"forward": 4, "both": 10}
+# Products of N r D multiply-adds.
+PRODUCTS = {"forward": 2, "both": 6}
 EPS = 1e-6
 CHECK_ROWS = 64
-# One timing repeats a short call for about as long. Memory that the variant before gave back to the system is then
-# charged to few of the calls.
-LEAST_SECONDS = 0.1
-CASE = ("rows", "dim", "rank", "dtype", "pass")
 
 
 @dataclass
@@ -51,20 +62,16 @@ class Inputs:
         return (self.branch, self.x, self.weights, self.down, self.up, self.norm_weight)
 
 
-def make(rows: int, dim: int, rank: int, dtype: torch.dtype) -> Inputs:
+def make(case: Case) -> Inputs:
     torch.manual_seed(0)
+    rows, dim, rank, dtype = case["rows"], case["dim"], case["rank"], getattr(torch, case["dtype"])
     norm_weight = 1 + 0.1 * torch.randn(dim)
     made = Inputs(
         torch.randn(rows, dim).to(dtype), torch.randn(rows, dim).to(dtype), 0.3 * torch.randn(2),
         (torch.randn(dim, rank) / dim**0.5).to(dtype), (torch.randn(rank, dim) / rank**0.5).to(dtype),
         norm_weight.to(dtype),
     )  # fmt: skip
-    for t in made.tensors():
-        t.requires_grad_()
-    return made
-
-
-Function = Callable[[Inputs], tuple[Tensor, Tensor]]
+    return Inputs(*(t.to(case["device"]).requires_grad_() for t in made.tensors()))
 
 
 def effkern_residual(i: Inputs) -> tuple[Tensor, Tensor]:
@@ -91,24 +98,11 @@ def handwritten(f: Tensor, x: Tensor, weights: Tensor, down: Tensor, up: Tensor,
     return y, F.rms_norm(y, w.shape, w, EPS)
 
 
-def call(i: Inputs, function: Function, which: str) -> Callable[[], object]:
-    """Forward alone as inference has it, or forward and the gradients of all that the function reads."""
-    if which == "forward":
-
-        def forward() -> object:
-            with torch.no_grad():
-                return function(i)
-
-        return forward
-    grads = torch.randn_like(i.x), torch.randn_like(i.x)
-    used = i.tensors() if function is not effkern_plain else (i.branch, i.x, i.norm_weight)
-    return lambda: torch.autograd.grad(function(i), used, grads)
-
-
-def products(i: Inputs, which: str) -> Callable[[], None]:
+def products(i: Inputs, which: str) -> Run:
     x, down, up = i.x.detach(), i.down.detach(), i.up.detach()
     g = torch.randn_like(x)
-    wide, u, grad_u = torch.empty_like(x), x @ down, torch.randn(x.shape[0], up.shape[0]).to(x.dtype)
+    wide, u = torch.empty_like(x), x @ down
+    grad_u = torch.randn_like(u)
     grad_down, grad_up = torch.empty_like(down), torch.empty_like(up)
 
     def run() -> None:
@@ -123,143 +117,102 @@ def products(i: Inputs, which: str) -> Callable[[], None]:
     return run
 
 
-def copy(i: Inputs, which: str) -> Callable[[], object]:
-    source = torch.randn(MOVES[which] // 2, *i.x.shape).to(i.x.dtype)
+def copy(i: Inputs, which: str) -> Run:
+    source = torch.randn(MOVES[which] // 2, *i.x.shape, device=i.x.device).to(i.x.dtype)
     target = source.clone()
     return lambda: target.copy_(source)
 
 
-def variants(i: Inputs, which: str) -> dict[str, Callable[[], object]]:
-    torch._dynamo.reset()
-    compiled = torch.compile(handwritten, dynamic=False)
-    return {
-        "effkern": call(i, effkern_residual, which),
-        "add+norm": call(i, effkern_plain, which),
-        "products": products(i, which),
-        "torch.compile": call(i, lambda i: compiled(*i.tensors()), which),
-        "eager": call(i, eager_residual, which),
-        "copy": copy(i, which),
+def prepare(case: Case, names: Sequence[str]) -> Prepared:
+    i, which = make(case), case["pass"]
+    grads = torch.randn_like(i.x), torch.randn_like(i.x)
+    plain = (i.branch, i.x, i.norm_weight)
+    makers: dict[str, Callable[[], Run]] = {
+        "effkern": lambda: passes(which, lambda: effkern_residual(i), i.tensors(), grads),
+        "add+norm": lambda: passes(which, lambda: effkern_plain(i), plain, grads),
+        "products": lambda: products(i, which),
+        "torch.compile": lambda: passes(which, lambda: compiled(handwritten)(*i.tensors()), i.tensors(), grads),
+        "eager": lambda: passes(which, lambda: eager_residual(i), i.tensors(), grads),
+        "copy": lambda: copy(i, which),
     }
+    return Prepared({name: makers[name]() for name in names}, held=num_bytes(*i.tensors(), *grads))
 
 
-def check(i: Inputs) -> None:
-    """No number on a wrong result: both outputs and all gradients of the first rows against eager in float64."""
+def check(case: Case) -> None:
+    """Both outputs and all gradients of a few rows against eager in float64."""
+    i = make({**case, "rows": min(case["rows"], CHECK_ROWS)})
 
-    def results(function: Function, dtype: torch.dtype) -> list[Tensor]:
-        tensors = [t.detach()[:CHECK_ROWS] if t is i.branch or t is i.x else t.detach() for t in i.tensors()]
-        part = Inputs(*((t.double() if dtype == torch.float64 else t).clone().requires_grad_() for t in tensors))
+    def results(function: Callable[[Inputs], tuple[Tensor, Tensor]], dtype: torch.dtype | None) -> list[Tensor]:
+        part = Inputs(*(t.detach().to(dtype or t.dtype, copy=True).requires_grad_() for t in i.tensors()))
         out = function(part)
         generator = torch.Generator().manual_seed(1)
-        grads = [torch.randn(y.shape, generator=generator).to(i.x.dtype).to(y.dtype) for y in out]
+        grads = [torch.randn(y.shape, generator=generator).to(i.x.device, i.x.dtype).to(y.dtype) for y in out]
         return [*out, *torch.autograd.grad(out, part.tensors(), grads)]
 
-    bound = 1e-5 if i.x.dtype == torch.float32 else 2e-2
-    for got, want in zip(results(effkern_residual, i.x.dtype), results(eager_residual, torch.float64)):
-        error = ((got.double() - want).norm() / want.norm()).item()
-        if not error <= bound:
-            raise SystemExit(f"wrong result: relative error {error:.1e} > {bound:.0e}; nothing is timed")
+    hold(zip(results(effkern_residual, None), results(eager_residual, torch.float64)), bound_of(case["dtype"]))
 
 
-def repeated(run: Callable[[], object]) -> tuple[Callable[[], object], int]:
-    """A function that lasts long enough to be timed, and how many calls it makes."""
-    run()
-    start = time.perf_counter()
-    run()
-    count = max(1, int(LEAST_SECONDS / (time.perf_counter() - start)))
-
-    def many() -> None:
-        for _ in range(count):
-            run()
-
-    return many, count
+def work(case: Case) -> Work:
+    rows, dim, rank, which = case["rows"], case["dim"], case["rank"], case["pass"]
+    # A, B and w are read; backward reads A and B again and writes the gradients of all three.
+    small = (2 * dim * rank + dim) * (1 if which == "forward" else 3)
+    moved = (MOVES[which] * rows * dim + small) * item_bytes(case["dtype"])
+    return Work(moved, PRODUCTS[which] * 2 * rows * dim * rank, case["dtype"])
 
 
-def measure(case: dict, rounds: int) -> dict[str, runner.Timing]:
-    i = make(case["rows"], case["dim"], case["rank"], getattr(torch, case["dtype"]))
-    check(i)
-    runs = {name: repeated(run) for name, run in variants(i, case["pass"]).items()}
-    timings = runner.interleave({name: run for name, (run, _) in runs.items()}, rounds)
-    return {
-        name: runner.Timing(*(seconds / runs[name][1] for seconds in (t.wall, t.wall_low, t.wall_high, t.cpu)))
-        for name, t in timings.items()
-    }
+def works(case: Case) -> dict[str, Work | None]:
+    w = work(case)
+    return {"copy": Work(w.bytes), "add+norm": Work(w.bytes), "products": Work(0.0, w.flops, w.dtype)}
 
 
-def peaks(case: dict, threads: int) -> dict[str, dict]:
-    """MiB beyond the inputs, by variant."""
-    options = [f"--{name if name in ('rows', 'pass') else name + 's'}={case[name]}" for name in CASE]
-    return {
-        name: {
-            "peak_mib": int(
-                runner.in_fresh_process("benchmarks.ops.laurel", *options, f"--threads={threads}", f"--peak-of={name}")
-            )
-            / 2**20
-        }
-        for name in ("effkern", "add+norm", "torch.compile", "eager")
-    }
+def why(case: Case) -> list[str]:
+    return [f"{MOVES[case['pass']]} moves of N D elements and {PRODUCTS[case['pass']]} products of 2 N D r FLOPs"]
 
 
-HEAD = (
-    "| N | D | r | dtype | pass | effkern us | spread | GB/s | of copy | x add+norm + products | cpu | compile x | cpu "
-    "| eager x | cpu | peak MiB: effkern, add+norm, compile, eager |"
-)
+def huge() -> Huge:
+    """More than 2^31 elements in each tensor; the last rows must be what they are alone."""
+    rows, dim = (1 << 31) // 4096 + 8, 4096
+
+    def run() -> None:
+        small = make({"rows": 8, "dim": dim, "rank": 8, "dtype": "bfloat16", "device": "cpu"})
+        tail, x = small.branch.detach(), small.x.detach()
+        with torch.no_grad():
+            parts = (t.expand(rows // 8, *t.shape).reshape(rows, dim) for t in (tail, x))
+            out = effkern_residual(Inputs(*parts, *(t.detach() for t in small.tensors()[2:])))
+            want = effkern_residual(small)
+        if not all(torch.equal(a[-8:], b) for a, b in zip(out, want)):
+            raise WrongResult("wrong result in the last rows")
+
+    return Huge(4 * rows * dim * 2, f"forward, {rows} x {dim}, bfloat16", run)
 
 
-def markdown(case: dict, t: dict[str, runner.Timing], extra: dict[str, dict]) -> str:
-    ours, base, bare = t["effkern"], t["add+norm"], t["products"]
-    size = torch.empty(0, dtype=getattr(torch, case["dtype"])).element_size()
-    moved = MOVES[case["pass"]] * case["rows"] * case["dim"] * size
-
-    def ratio(name: str) -> str:
-        return f"{t[name].wall / ours.wall:.2f} | {t[name].cpu / ours.cpu:.2f}"
-
-    cells = [
-        *(str(case[name]) for name in CASE), f"{ours.wall * 1e6:.0f}",
-        f"{ours.wall_low * 1e6:.0f}-{ours.wall_high * 1e6:.0f}", f"{moved / ours.wall / 1e9:.1f}",
-        f"{t['copy'].wall / ours.wall:.2f}", f"{ours.wall / (base.wall + bare.wall):.2f}",
-        f"{ours.cpu / (base.cpu + bare.cpu):.2f}", ratio("torch.compile"), ratio("eager"),
-        ", ".join(f"{e['peak_mib']:.0f}" for e in extra.values()) or "-",
-    ]  # fmt: skip
-    return f"| {' | '.join(cells)} |"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dims", type=int, nargs="+", default=[768, 2048])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 512, 8192])
-    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    parser.add_argument("--pass", dest="passes", nargs="+", choices=PASSES, default=list(PASSES))
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--memory", action="store_true", help="also peak memory beyond the inputs")
-    parser.add_argument("--fresh", action="store_true", help="leave malloc as it is")
-    parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
-    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
-    a = parser.parse_args()
-    torch.set_num_threads(a.threads)
-    cases = [
-        dict(zip(CASE, values))
-        for values in product(a.rows, a.dims, a.ranks, a.dtypes, a.passes)
-    ]  # fmt: skip
-    if a.peak_of:
-        (case,) = cases
-        shape = (case["rows"], case["dim"], case["rank"], getattr(torch, case["dtype"]))
-        print(runner.peak_memory(lambda: variants(make(*shape), case["pass"])[a.peak_of]))
-        return
-    if not a.fresh:
-        runner.keep_memory()
-    if not a.json:
-        print(json.dumps(runner.machine()))
-        print(HEAD, "|" + "---|" * HEAD.count(" |"), sep="\n", flush=True)
-    for case in cases:
-        timings = measure(case, a.rounds)
-        extra = peaks(case, a.threads) if a.memory else {}
-        if a.json:
-            print("\n".join(runner.result_lines("laurel", case, timings, extra)), flush=True)
-        else:
-            print(markdown(case, timings, extra), flush=True)
-
+OP = Op(
+    name="laurel",
+    doc=__doc__,
+    axes=(
+        Axis("rows", "--rows", (1, 512, 8192)),
+        Axis("dim", "--dims", (768, 2048)),
+        Axis("rank", "--ranks", (16, 32, 64)),
+        Axis("dtype", "--dtypes", ("float32", "bfloat16"), ("float32", "bfloat16")),
+        Axis("pass", "--pass", PASSES, PASSES),
+    ),
+    variants=("effkern", "add+norm", "products", "torch.compile", "eager", "copy"),
+    check=check,
+    prepare=prepare,
+    work=work,
+    works=works,
+    floor={"add+norm": 1.0, "products": 1.0},
+    registry=("laurel_residual",),
+    why=why,
+    rotates=True,
+    scaling=(
+        Scaling("rows", (256, 512, 1024, 2048, 4096), {"dim": 768, "rank": 32, "dtype": "float32", "pass": "both"},
+                "1: every row costs the same"),
+        Scaling("rank", (8, 16, 32, 64, 128), {"rows": 1024, "dim": 768, "dtype": "float32", "pass": "both"},
+                "from 0 (memory) towards 1 (products)"),
+    ),
+    huge=huge,
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    harness.main(OP)

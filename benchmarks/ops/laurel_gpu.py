@@ -17,6 +17,7 @@ from benchmarks import runner  # isort: skip
 import torch
 from torch import Tensor
 
+from benchmarks.case import Work
 from effkern.ops.laurel import laurel_residual
 
 CHECK_ROWS = 70
@@ -113,7 +114,7 @@ def variants(given: Arguments, backward: bool) -> dict[str, Callable[[], object]
         return lambda: torch.autograd.grad(run(arguments), leaves(arguments), grads)
 
     return {
-        "add + RMSNorm": timed(ours, plain),
+        "add+norm": timed(ours, plain),
         "effkern": timed(ours, given),
         "torch.compile": timed(compiled, given),
         "eager": timed(textbook, given),
@@ -142,14 +143,16 @@ def main() -> None:
     for what, moves in MOVES.items():
         timings = runner.interleave(variants(given, what == "both"), a.rounds)
         case = {k: getattr(a, k) for k in ("variant", "rows", "dim", "rank", "dtype", "device")} | {"pass": what}
-        # Of what must move, with a norm and without addends.
-        gigabytes = moves * given["x"].numel() * given["x"].element_size() / 1e9
-        extra = {name: {"gb_per_s": gigabytes / t.wall} for name, t in timings.items()}
+        # With a norm and without addends; A, B and, backward, their gradients are read or written once.
+        small = sum(given[k].numel() for k in ("down", "up") if k in given) * (1 if what == "forward" else 3)
+        flops = (2 if what == "forward" else 6) * 2 * a.rows * given["down"].numel() if "down" in given else 0
+        work = Work((moves * given["x"].numel() + small) * dtype.itemsize, flops, a.dtype)
+        extra = {n: (Work(work.bytes) if n == "add+norm" else work).rates(t.wall) for n, t in timings.items()}
         if a.json:
             print("\n".join(runner.result_lines("laurel", case, timings, extra)))
         else:
             print(json.dumps({**case, **runner.machine()}))
-            print(runner.table(timings, "add + RMSNorm", extra))
+            print(runner.table(timings, "add+norm", extra))
 
 
 if __name__ == "__main__":

@@ -5,36 +5,54 @@
 
 The seven matrices of each layer of a decoder (4 of D x D, 3 of D x F, F = 8/3 D). Moves are of all parameters: forward
 reads them once (1), backward reads them and writes their gradients (3 in both). `eager` is cosine_similarity of each
-pair, which reads all but the outer blocks' tensors twice; `copy` moves as many bytes by Tensor.copy_.
+pair, which reads all but the outer blocks' tensors twice; `copy`, the floor, moves as many bytes by Tensor.copy_.
 """
 
-import argparse
-import json
-from collections.abc import Callable
-from itertools import product
-from typing import Any
+from collections.abc import Callable, Sequence
 
 # First, as it sets the thread policy before torch is imported.
-from benchmarks import runner  # isort: skip
+from benchmarks import harness  # isort: skip
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.ops.laurel import repeated
+from benchmarks.case import (
+    Axis,
+    Case,
+    Huge,
+    Op,
+    Prepared,
+    Run,
+    Scaling,
+    Work,
+    WrongResult,
+    bound_of,
+    compiled,
+    hold,
+    item_bytes,
+    num_bytes,
+    passes,
+)  # fmt: skip
 from effkern import loop_similarity
 
 PASSES = ("forward", "both")
 MOVES = {"forward": 1, "both": 3}
-CASE = ("dim", "layers", "block", "dtype", "pass", "device")
+CHECK_DIM = 64
 Groups = list[list[Tensor]]
 
 
-def make(dim: int, layers: int, dtype: torch.dtype, device: str, scale: float = 1.0) -> Groups:
+def shapes(dim: int) -> list[tuple[int, int]]:
+    return [(dim, dim)] * 4 + [(max(64, dim * 8 // 3 // 64 * 64), dim)] * 3
+
+
+def make(case: Case) -> Groups:
     torch.manual_seed(0)
-    wide = int(scale * dim * 8 / 3) // 64 * 64
-    shapes = [(int(scale * dim), dim)] * 4 + [(wide, dim)] * 3
-    return [[torch.randn(shape).to(device, dtype).requires_grad_() for _ in range(layers)] for shape in shapes]
+    dtype = getattr(torch, case["dtype"])
+    return [
+        [torch.randn(shape).to(case["device"], dtype).requires_grad_() for _ in range(case["layers"])]
+        for shape in shapes(case["dim"])
+    ]
 
 
 def ours(groups: Groups, block: int) -> Tensor:
@@ -49,96 +67,88 @@ def handwritten(groups: Groups, block: int) -> Tensor:
     return torch.stack(values).mean()
 
 
-def check(dim: int, layers: int, block: int, dtype: torch.dtype, device: str) -> None:
-    """No number on a wrong result: the value and all gradients of smaller matrices against eager in float64."""
-    groups = make(dim, layers, dtype, device, 64 / dim)
+def check(case: Case) -> None:
+    """The value and all gradients of smaller matrices against eager in float64."""
+    groups = make({**case, "dim": CHECK_DIM})
     wide = [[t.detach().double().requires_grad_() for t in tensors] for tensors in groups]
     results = []
     for given, function in ((groups, ours), (wide, handwritten)):
-        value = function(given, block)
+        value = function(given, case["block"])
         results.append([value, *torch.autograd.grad(value, [t for tensors in given for t in tensors])])
-    bound = 1e-5 if dtype == torch.float32 else 1e-2
+    bound = bound_of(case["dtype"], half=1e-2)
     # Cosines of random matrices are near 0.
-    errors = [(results[0][0].double() - results[1][0]).abs().item()]
-    errors += [((a.double() - b).norm() / b.norm()).item() for a, b in zip(results[0][1:], results[1][1:])]
-    if not max(errors) <= bound:
-        raise SystemExit(f"wrong result: error {max(errors):.1e} > {bound:.0e}; nothing is timed")
+    if not (error := (results[0][0].double() - results[1][0]).abs().item()) <= bound:
+        raise WrongResult(f"wrong result: error {error:.1e} > {bound:.0e}; nothing is timed")
+    hold(zip(results[0][1:], results[1][1:]), bound)
 
 
-def variants(groups: Groups, block: int, which: str) -> dict[str, Callable[[], object]]:
-    torch._dynamo.reset()
-    compiled = torch.compile(handwritten, dynamic=False)
-    flat = [t for tensors in groups for t in tensors]
-    count = MOVES[which] * sum(t.numel() for t in flat) // 2
-    source = torch.zeros(count, dtype=flat[0].dtype, device=flat[0].device)
+def copy(flat: list[Tensor], moves: int) -> Run:
+    source = torch.zeros(moves * sum(t.numel() for t in flat) // 2, dtype=flat[0].dtype, device=flat[0].device)
     target = source.clone()
-
-    def call(function: Callable[[Groups, int], Tensor]) -> Callable[[], object]:
-        def run() -> object:
-            if which == "both":
-                return torch.autograd.grad(function(groups, block), flat)
-            with torch.no_grad():
-                return function(groups, block)
-
-        return run
-
-    return {
-        "effkern": call(ours),
-        "torch.compile": call(compiled),
-        "eager": call(handwritten),
-        "copy": lambda: target.copy_(source),
-    }
+    return lambda: target.copy_(source)
 
 
-HEAD = "| D | L | k | dtype | pass | effkern ms | spread | GB/s | of copy | compile x | cpu | eager x | cpu |"
-
-
-def markdown(case: dict[str, Any], moved: int, t: dict[str, runner.Timing]) -> str:
-    ours_ = t["effkern"]
-
-    def ratio(name: str) -> str:
-        return f"{t[name].wall / ours_.wall:.2f} | {t[name].cpu / ours_.cpu:.2f}"
-
-    cells = [
-        *(str(case[name]) for name in CASE[:-1]), f"{ours_.wall * 1e3:.1f}",
-        f"{ours_.wall_low * 1e3:.1f}-{ours_.wall_high * 1e3:.1f}", f"{moved / ours_.wall / 1e9:.1f}",
-        f"{t['copy'].wall / ours_.wall:.2f}", ratio("torch.compile"), ratio("eager"),
-    ]  # fmt: skip
-    return f"| {' | '.join(cells)} |"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dims", type=int, nargs="+", default=[768, 2048])
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--block", type=int, default=2)
-    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    parser.add_argument("--pass", dest="passes", nargs="+", choices=PASSES, default=list(PASSES))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
-    a = parser.parse_args()
-    torch.set_num_threads(a.threads)
-    if not a.json:
-        print(json.dumps(runner.machine()))
-        print(HEAD, "|" + "---|" * HEAD.count(" |"), sep="\n", flush=True)
-    for dim, dtype, which in product(a.dims, a.dtypes, a.passes):
-        case = dict(zip(CASE, (dim, a.layers, a.block, dtype, which, a.device)))
-        check(dim, a.layers, a.block, getattr(torch, dtype), a.device)
-        groups = make(dim, a.layers, getattr(torch, dtype), a.device)
-        moved = MOVES[which] * sum(t.nbytes for tensors in groups for t in tensors)
-        runs = {name: repeated(run) for name, run in variants(groups, a.block, which).items()}
-        timings = runner.interleave({name: run for name, (run, _) in runs.items()}, a.rounds)
-        timings = {
-            name: runner.Timing(*(s / runs[name][1] for s in (t.wall, t.wall_low, t.wall_high, t.cpu)))
-            for name, t in timings.items()
-        }
-        if a.json:
-            print("\n".join(runner.result_lines("loop_similarity", case, timings, {})), flush=True)
+def prepare(case: Case, names: Sequence[str]) -> Prepared:
+    groups = make(case)
+    flat = [t for tensors in groups for t in tensors]
+    functions: dict[str, Callable[[Groups, int], Tensor]] = {
+        "effkern": ours, "torch.compile": lambda *given: compiled(handwritten)(*given), "eager": handwritten,
+    }  # fmt: skip
+    made: dict[str, Run] = {}
+    for name in names:
+        if name == "copy":
+            made[name] = copy(flat, MOVES[case["pass"]])
         else:
-            print(markdown(case, moved, timings), flush=True)
+            call = functions[name]
+            grads = [torch.ones((), dtype=torch.float32 if name == "effkern" else flat[0].dtype, device=flat[0].device)]
+            made[name] = passes(case["pass"], lambda call=call: (call(groups, case["block"]),), flat, grads)  # type: ignore[misc]
+    return Prepared(made, held=num_bytes(*flat))
 
+
+def work(case: Case) -> Work:
+    count = case["layers"] * sum(m * n for m, n in shapes(case["dim"]))
+    return Work(MOVES[case["pass"]] * count * item_bytes(case["dtype"]))
+
+
+def huge() -> Huge:
+    """Two matrices of more than 2^31 elements, of which only the last row is not 0."""
+    rows, dim = (1 << 31) // 4096 + 8, 4096
+
+    def run() -> None:
+        groups = [[torch.zeros(rows, dim, dtype=torch.bfloat16) for _ in range(2)]]
+        for i, t in enumerate(groups[0]):
+            t[-1, : dim // (i + 1)] = 1.0
+        if not abs(ours(groups, 1).item() - 0.5**0.5) < 1e-5:
+            raise WrongResult("wrong result: the last row is not in it")
+
+    return Huge(2 * rows * dim * 2, f"forward, two of {rows} x {dim}, bfloat16", run)
+
+
+OP = Op(
+    name="loop_similarity",
+    doc=__doc__,
+    axes=(
+        Axis("dim", "--dims", (768, 2048)),
+        Axis("layers", "--layers", (4,)),
+        Axis("block", "--block", (2,)),
+        Axis("dtype", "--dtypes", ("float32", "bfloat16"), ("float32", "bfloat16")),
+        Axis("pass", "--pass", PASSES, PASSES),
+    ),
+    variants=("effkern", "torch.compile", "eager", "copy"),
+    check=check,
+    prepare=prepare,
+    work=work,
+    floor={"copy": 1.0},
+    registry=("loop_similarity",),
+    why=lambda case: [f"{MOVES[case['pass']]} moves of all parameters, no products"],
+    rotates=True,
+    rounds=5,
+    scaling=(
+        Scaling("dim", (96, 192, 384, 768, 1536),
+                {"layers": 2, "block": 1, "dtype": "float32", "pass": "both"}, "2: matrices of order D"),
+    ),
+    huge=huge,
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    harness.main(OP)

@@ -11,18 +11,21 @@ of a square product of 1024.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 # First, as it sets the thread policy before torch is imported.
-from benchmarks import runner  # isort: skip
+from benchmarks import harness, runner  # isort: skip
 
 import torch
 from torch import Tensor
 
+from benchmarks.case import Axis, Case, Op, Prepared, Run, Scaling, Work, compiled, hold, passes
 from effkern import looped_linear_attention
 from effkern.ops.looped_linear_attention import reference
-from effkern.ops.looped_linear_attention.problem import cheapest, products
+from effkern.ops.looped_linear_attention.problem import FORMS, cheapest, products
 
+# Of the product whose rate the floor takes.
+ORDER = 1024
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 Function = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
@@ -62,34 +65,27 @@ def paper(x: Tensor, y: Tensor, query: Tensor, a: Tensor, loops: int) -> Tensor:
     return reference.looped_linear_attention(x, y, query[:, None], a, loops)[-1, :, 0]
 
 
-def call(inputs: Inputs, function: Function, loops: int, backward: bool) -> Callable[[], object]:
-    if not backward:
-
-        def forward() -> object:
-            with torch.no_grad():
-                return function(*inputs, loops)
-
-        return forward
-    grad = torch.randn(inputs[0].shape[0])
-    return lambda: torch.autograd.grad(function(*inputs, loops), inputs, grad)
+FUNCTIONS: dict[str, Function] = {"effkern": effkern_op, "loop": plain_loop, "moments": moments_loop, "paper": paper}
 
 
-def check(inputs: Inputs, loops: int) -> None:
-    """No number on a wrong result: prediction and gradients against the paper's form in float64."""
+def inputs_of(case: Case) -> Inputs:
+    return make(case["batch"], case["examples"], case["dim"], case["loops"], case["free"])
+
+
+def check(case: Case) -> None:
+    """Prediction and gradients of a few problems against the paper's form in float64."""
+    inputs = inputs_of({**case, "batch": min(case["batch"], 16)})
     grad = torch.randn(inputs[0].shape[0])
 
     def results(function: Function, dtype: torch.dtype) -> list[Tensor]:
         x, y, query, a = part = [t.detach().to(dtype).requires_grad_() for t in inputs]
-        out = function(x, y, query, a, loops)
+        out = function(x, y, query, a, case["loops"])
         return [out, *torch.autograd.grad(out, part, grad.to(dtype))]
 
-    for got, want in zip(results(effkern_op, torch.float32), results(paper, torch.float64)):
-        error = ((got.double() - want).norm() / want.norm()).item()
-        if not error < 1e-3:
-            raise SystemExit(f"wrong result: relative error {error:.1e}; nothing is timed")
+    hold(zip(results(effkern_op, torch.float32), results(paper, torch.float64)), 1e-3)
 
 
-def multiply_adds(case: dict, backward: bool) -> int:
+def multiply_adds(case: Case, backward: bool) -> int:
     """Of the whole batch; `products` counts forward and backward of the loops and of what they need."""
     n, d, loops = case["examples"], case["dim"], case["loops"]
     form = cheapest(n, d, 1, loops, not case["free"])
@@ -103,67 +99,83 @@ def multiply_adds(case: dict, backward: bool) -> int:
     return case["batch"] * total
 
 
-def peak_rate(rounds: int) -> float:
-    """Multiply-adds per second of torch.mm."""
-    a, b = torch.randn(2, 1024, 1024)
-    out = torch.empty(1024, 1024)
-    time = runner.interleave({"mm": lambda: torch.mm(a, b, out=out)}, rounds)["mm"]
-    return 1024**3 / time.wall_low
+def floor_run() -> Run:
+    """A square product of 1024; its time times the share of the multiply-adds is the floor."""
+    a, b = torch.randn(2, ORDER, ORDER)
+    out = torch.empty(ORDER, ORDER)
+    return lambda: torch.mm(a, b, out=out)
 
 
-def measure(case: dict, rounds: int, with_paper: bool, rate: float) -> list[str]:
-    loops = case["loops"]
-    inputs = make(case["batch"], case["examples"], case["dim"], loops, case["free"])
-    check(inputs, loops)
-    lines = []
-    for backward in (False, True):
-        torch._dynamo.reset()
-        plain = {"loop": plain_loop, "moments": moments_loop}
-        first = runner.interleave({k: call(inputs, f, loops, backward) for k, f in plain.items()}, 3, 1)
-        faster = plain[min(first, key=lambda name: first[name].wall)]
-        compiled = torch.compile(faster, dynamic=False)
-        functions: dict[str, Function] = {"effkern": effkern_op, **plain, "compile": compiled}
-        if with_paper:
-            functions["paper"] = paper
-        timings = runner.interleave({k: call(inputs, f, loops, backward) for k, f in functions.items()}, rounds)
-        floor = multiply_adds(case, backward) / rate
-        ours = timings["effkern"]
-        which = {**case, "pass": "both" if backward else "forward"}
-        extra = {
-            name: {"x_effkern": t.wall / ours.wall, "floor_s": floor, "share_of_floor": floor / t.wall}
-            for name, t in timings.items()
-        }
-        lines += runner.result_lines("looped_linear_attention", which, timings, extra)
-        cells = [f"{name} {t.wall * 1e6:.0f} us ({t.wall / ours.wall:.1f} x)" for name, t in timings.items()]
-        print(
-            f"{which}: {', '.join(cells)}; floor {floor * 1e6:.0f} us, {floor / ours.wall:.2f} of it reached",
-            flush=True,
-        )
-    return lines
+def prepare(case: Case, names: Sequence[str]) -> Prepared:
+    inputs, loops = inputs_of(case), case["loops"]
+    grad = torch.randn(inputs[0].shape[0])
+
+    def call(function: Function) -> Run:
+        return passes(case["pass"], lambda: (function(*inputs, loops),), inputs, [grad])
+
+    made: dict[str, Run] = {}
+    for name in names:
+        if name == "mm 1024":
+            made[name] = floor_run()
+        elif name == "compile":
+            first = runner.interleave({k: call(FUNCTIONS[k]) for k in ("loop", "moments")}, 3, 1)
+            faster = min(first, key=lambda k: first[k].wall)
+            made[name] = call(compiled(FUNCTIONS[faster]))
+        else:
+            made[name] = call(FUNCTIONS[name])
+    share = multiply_adds(case, case["pass"] == "both") / ORDER**3
+    return Prepared(made, sums={"floor": {"mm 1024": share}} if "mm 1024" in made else {})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, nargs="+", default=[64, 512])
-    parser.add_argument("--examples", type=int, default=64)
-    parser.add_argument("--dim", type=int, default=20)
-    parser.add_argument("--loops", type=int, default=32)
-    parser.add_argument("--free", action="store_true", help="a preconditioner per loop")
-    parser.add_argument("--paper", action="store_true", help="also the paper's form")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="also print result lines")
-    a = parser.parse_args()
-    if a.threads:
-        torch.set_num_threads(a.threads)
-    rate = peak_rate(a.rounds)
-    print(f"torch.mm: {rate / 1e9:.0f} G multiply-adds per second, {torch.get_num_threads()} threads")
-    for batch in a.batches:
-        case = {"batch": batch, "examples": a.examples, "dim": a.dim, "loops": a.loops, "free": a.free}
-        lines = measure(case, a.rounds, a.paper, rate)
-        if a.json:
-            print("\n".join(lines))
+def work(case: Case) -> Work:
+    b, n, d, both = case["batch"], case["examples"], case["dim"], case["pass"] == "both"
+    numbers = b * (n * d + n + d) + d * d * (case["loops"] if case["free"] else 1)
+    return Work(4 * (numbers * (3 if both else 1) + b), 2.0 * multiply_adds(case, both))
 
+
+def why(case: Case) -> list[str]:
+    n, d, loops = case["examples"], case["dim"], case["loops"]
+    counts = ", ".join(f"{form} {products(form, n, d, 1, loops):,}" for form in FORMS)
+    chosen = cheapest(n, d, 1, loops, not case["free"])
+    reason = "a matrix per loop leaves no other" if case["free"] else "the fewest"
+    return [f"form {chosen}: {reason}; multiply-adds of a problem, both passes: {counts}"]
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--paper", action="append_const", const="paper", dest="more", help="also the paper's form")
+
+
+OP = Op(
+    name="looped_linear_attention",
+    doc=__doc__,
+    axes=(
+        Axis("batch", "--batches", (64, 512)),
+        Axis("examples", "--examples", (64,)),
+        Axis("dim", "--dim", (20,)),
+        Axis("loops", "--loops", (32,)),
+        Axis("free", "--free", (False,), help="a preconditioner per loop"),
+        Axis("pass", "--pass", ("forward", "both"), ("forward", "both")),
+    ),
+    variants=("effkern", "loop", "moments", "compile", "paper", "mm 1024"),
+    check=check,
+    prepare=prepare,
+    work=work,
+    works=lambda case: {"mm 1024": Work(0.0, 2.0 * ORDER**3)},
+    floor={"floor": 1.0},
+    needs=("mm 1024",),
+    optional=("paper",),
+    registry=("looped_linear_attention",),
+    why=why,
+    options=options,
+    devices=("cpu",),
+    rounds=15,
+    threads=0,
+    scaling=(
+        Scaling("batch", (64, 128, 256, 512, 1024), {"loops": 32, "pass": "both"}, "1: every problem costs the same"),
+        Scaling("loops", (8, 16, 32, 64, 128), {"batch": 64, "pass": "both"}, "from 0 (moments) to 1 (loops)"),
+    ),
+    no_huge="a problem holds N D numbers, and each is taken alone",
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    harness.main(OP)

@@ -1,7 +1,7 @@
 """One LoRA-RITE step of many pairs beside AdamW on the same parameters and a copy of the bytes that it must move.
 
     python -m benchmarks.ops.lora_rite                        64 pairs of rank 16 and 16 of rank 64, 1024 x 1024
-    python -m benchmarks.ops.lora_rite --stages               and the four stages, in process CPU time
+    python -m benchmarks.ops.lora_rite --stages               the four stages alone, in process CPU time
     python -m benchmarks.ops.lora_rite --device cuda --pairs 500 --rows 4096 --ranks 16
 
 Parameters, gradients and moments are float32; half of the factors are [rows, r], half [r, rows]. `copy` moves as many
@@ -14,22 +14,25 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 # First, as it sets the thread policy before torch is imported.
-from benchmarks import runner  # isort: skip
+from benchmarks import harness  # isort: skip
 
 import torch
 from torch import Tensor
 
+from benchmarks.case import Axis, Case, Op, Prepared, Run, Scaling, Work, hold
 from effkern.ops.lora_rite import RiteGroup, RiteOptions, lora_rite_rebuild_, lora_rite_step_, new_group, stages
 from effkern.ops.lora_rite import reference as paper
 from effkern.ops.lora_rite.terms import terms_of
 
 FLOOR_WORDS = 6
 VARIANTS = ("LoRA-RITE", "AdamW foreach", "AdamW fused", "copy")
-CASE = ("pairs", "rows", "rank", "device")
+# Of rows x r x r: the gradient times a basis (2) and half of its Gram matrix (1), M carry, G take and M apply (6), X in
+# its basis before and after (4), half of its Gram matrix and their product (3). What is r x r is not counted.
+FLOPS = 16
 NUM_GRADS = 4
 """Sets of gradients that take turns."""
 
@@ -45,22 +48,30 @@ def make(pairs: int, rows: int, rank: int, device: str) -> tuple[RiteGroup, list
     return group, grads
 
 
-def check(rank: int, device: str) -> None:
-    """No number on a wrong result: three steps of one small pair against the reference in float64."""
-    group, grads = make(1, 3 * rank, rank, device)
+def check(case: Case) -> None:
+    """Three steps of one small pair against the reference in float64."""
+    rank = case["rank"]
+    group, grads = make(1, 3 * rank, rank, case["device"])
     options = RiteOptions()
     pair = paper.new_pair(group.factors[0].T.double(), group.factors[1].double())
     for step in range(3):
         given = (grads[step][0].T.double(), grads[step][1].double())
         (pair,) = paper.rite_step([pair], [given], [(1e-3, 1e-3)], [options])
         lora_rite_step_([group], [grads[step]], [1e-3], [options])
-    truth = pair.A @ pair.B.T
-    error = (group.factors[0].T.double() @ group.factors[1].double().T - truth).norm() / truth.norm()
-    if not error < 1e-5:
-        raise SystemExit(f"wrong result: error {error:.1e} at rank {rank}; nothing is timed")
+    product = group.factors[0].T.double() @ group.factors[1].double().T
+    hold([(product, pair.A @ pair.B.T)], 1e-5)
 
 
-def variants(group: RiteGroup, grads: list[list[Tensor]]) -> dict[str, Callable[[], object]]:
+def prepare(case: Case, names: Sequence[str]) -> Prepared:
+    group, grads = make(case["pairs"], case["rows"], case["rank"], case["device"])
+    runs = variants(group, grads)
+    parameters = sum(x.nbytes for x in group.factors)
+    extra = {"LoRA-RITE": {"state_over_parameters": group.state_bytes() / parameters}}
+    # Gradients change anyhow, so that factors and moments are what a call would find again.
+    return Prepared({name: runs[name] for name in names}, held=2 * parameters, extra=extra)
+
+
+def variants(group: RiteGroup, grads: list[list[Tensor]]) -> dict[str, Run]:
     options, count = RiteOptions(), len(group.factors)
     rates = torch.full((count,), 1e-4, dtype=torch.float64, device=group.whiten.device)
     rounds = dict.fromkeys(VARIANTS, 0)
@@ -116,51 +127,65 @@ def stage_times(group: RiteGroup, grads: list[list[Tensor]], rounds: int = 9) ->
     return {name: statistics.median(times) for name, times in found.items()}
 
 
-HEAD = "| pairs | rows | r | LoRA-RITE ms | spread | cpu ms | x AdamW foreach | cpu | x AdamW fused | x copy | state |"
+def elements(case: Case) -> int:
+    return 2 * case["pairs"] * case["rows"] * case["rank"]
 
 
-def markdown(case: dict[str, Any], t: dict[str, runner.Timing], state: float) -> str:
-    ours = t["LoRA-RITE"]
-    cells = [
-        *(str(case[name]) for name in CASE[:3]), f"{ours.wall * 1e3:.1f}",
-        f"{ours.wall_low * 1e3:.1f}-{ours.wall_high * 1e3:.1f}", f"{ours.cpu * 1e3:.1f}",
-        f"{ours.wall / t['AdamW foreach'].wall:.2f}", f"{ours.cpu / t['AdamW foreach'].cpu:.2f}",
-        f"{ours.wall / t['AdamW fused'].wall:.2f}", f"{ours.wall / t['copy'].wall:.2f}", f"{state:.3f}",
-    ]  # fmt: skip
-    return f"| {' | '.join(cells)} |"
+def work(case: Case) -> Work:
+    return Work(4 * FLOOR_WORDS * elements(case), FLOPS * elements(case) * case["rank"])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64])
-    parser.add_argument("--pairs", type=int, nargs="+", default=[64, 16], help="one per rank, or one for all")
-    parser.add_argument("--rows", type=int, default=1024)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--stages", action="store_true", help="also time the four stages")
-    parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
-    a = parser.parse_args()
-    torch.set_num_threads(a.threads)
-    if not a.json:
-        print(json.dumps(runner.machine()))
-        print(HEAD, "|" + "---|" * HEAD.count(" |"), sep="\n", flush=True)
-    for i, rank in enumerate(a.ranks):
-        case = dict(zip(CASE, (a.pairs[i % len(a.pairs)], a.rows, rank, a.device)))
-        check(rank, a.device)
-        group, grads = make(case["pairs"], a.rows, rank, a.device)
-        timings = runner.interleave(variants(group, grads), a.rounds)
-        state = group.state_bytes() / sum(x.nbytes for x in group.factors)
-        extra: dict[str, dict] = {"LoRA-RITE": {"state_over_parameters": state}}
-        if a.stages:
-            extra["LoRA-RITE"]["stages_cpu_ms"] = stage_times(group, grads)
-        if a.json:
-            print("\n".join(runner.result_lines("lora_rite", case, timings, extra)), flush=True)
-        else:
-            print(markdown(case, timings, state), flush=True)
-            if a.stages:
-                print(json.dumps({k: round(v, 2) for k, v in extra["LoRA-RITE"]["stages_cpu_ms"].items()}), flush=True)
+def why(case: Case) -> list[str]:
+    group, _ = make(1, 2 * case["rank"], case["rank"], case["device"])
+    tall = stages.choose("auto", group.factors[0], case["rank"])
+    small = "compiled" if stages.small_compiled("auto", group.factors[0], case["rank"]) else "torch's, in float64"
+    return [f"passes over the rows: {tall}; what is r x r: {small}"]
 
+
+def cases_of(a: argparse.Namespace) -> Iterator[Case]:
+    """Ranks and pairs go together."""
+    for i, rank in enumerate(a.rank):
+        for rows in a.rows:
+            yield {"pairs": a.pairs[i % len(a.pairs)], "rows": rows, "rank": rank, "device": a.device}
+
+
+def print_stages(a: argparse.Namespace) -> bool:
+    for case in cases_of(a) if a.stages else ():
+        check(case)
+        times = stage_times(*make(case["pairs"], case["rows"], case["rank"], case["device"]))
+        print(json.dumps({**case, "stages_cpu_ms": {k: round(v, 2) for k, v in times.items()}}), flush=True)
+    return a.stages
+
+
+OP = Op(
+    name="lora_rite",
+    doc=__doc__,
+    axes=(
+        Axis("pairs", "--pairs", (64, 16), help="one per rank, or one for all"),
+        Axis("rows", "--rows", (1024,)),
+        Axis("rank", "--ranks", (16, 64)),
+    ),
+    variants=VARIANTS,
+    check=check,
+    prepare=prepare,
+    work=work,
+    works=lambda case: {"copy": Work(work(case).bytes), "AdamW foreach": None, "AdamW fused": None},
+    floor={"copy": 1.0},
+    ours="LoRA-RITE",
+    registry=("lora_rite",),
+    why=why,
+    options=lambda p: p.add_argument("--stages", action="store_true", help="time the stages instead"),
+    instead=print_stages,
+    cases=cases_of,
+    rotates=True,
+    rounds=21,
+    scaling=(
+        Scaling("rows", (512, 1024, 2048, 4096, 8192), {"pairs": 4, "rank": 16}, "1: every row costs the same"),
+        Scaling("rank", (4, 8, 16, 32, 64), {"pairs": 2, "rows": 512},
+                "from 1 (memory) over 2 (products with rows) towards 3 (r x r)"),
+    ),
+    no_huge="factors of 2^31 elements would be those of adapters for a model of 10^15 parameters",
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    harness.main(OP)

@@ -1,133 +1,130 @@
 """mean_pool beside embedding_bag, torch.compile and a bare gather, and with the projection folded into the table.
 
-    python -m benchmarks.ops.mean_pool [--vocab 32000 --dim 512 --keep 64 --length 1280 --groups 64]
+    python -m benchmarks mean_pool [--kinds tokens hidden --dtypes float32 bfloat16 --vocab 32000 --dim 512]
 
-`embedding_bag` (mode="mean") is the peer; `gather` is index_select of all rows, which eager code then sums: its output
-alone is as large as what must be read. `folded` pools the table that `fold_projection` made (K columns) and divides by
-the length, which replaces mean, standardisation, projection and length of `projected`. The second table is
-norm_mean_pool over hidden states beside rms_norm and mean, eager and compiled. GB/s counts the rows that must be read.
+tokens: `embedding_bag` (mode="mean") is the peer and the floor; `gather` is index_select of all rows, which eager code
+then sums. `folded` pools the table that `fold_projection` made (64 columns) and divides by the length, which replaces
+mean, standardisation, projection and length of `projected`. hidden: norm_mean_pool over hidden states beside rms_norm
+and mean. The work counts the rows that must be read.
 """
 
-import argparse
-import json
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
 # First, as it sets the thread policy before torch is imported.
-from benchmarks import runner  # isort: skip
+from benchmarks import harness  # isort: skip
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.ops.laurel import repeated
+from benchmarks.case import Axis, Case, Op, Prepared, Run, Scaling, Work, bound_of, compiled, hold, item_bytes
 from effkern import fold_projection, mean_pool, norm_mean_pool
 
-Variants = dict[str, Callable[[], Tensor]]
+KEEP = 64
+CHECK = {"groups": 3, "length": 40, "vocab": 100, "dim": 80}
 
 
-def token_variants(a: argparse.Namespace, dtype: torch.dtype) -> tuple[Variants, int]:
-    """The means by different ways, and the bytes of the rows."""
+def offsets_of(case: Case) -> Tensor:
+    return torch.arange(0, case["groups"] * case["length"] + 1, case["length"], device=case["device"])
+
+
+def make(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Table or hidden states, ids (Zipf-like, as words are), offsets."""
     torch.manual_seed(0)
-    table = torch.randn(a.vocab, a.dim, device=a.device).to(dtype)
-    # Zipf-like, as words are.
-    ranks = torch.rand(a.groups * a.length, device=a.device).pow(3)
-    ids = (ranks * a.vocab).long().clamp_max(a.vocab - 1)
-    offsets = torch.arange(0, a.groups * a.length + 1, a.length, device=a.device)
-    mean, scale = torch.randn(a.dim, device=a.device) / 10, torch.rand(a.dim, device=a.device) + 0.5
-    components = torch.linalg.qr(torch.randn(a.dim, a.keep, device=a.device))[0].t().contiguous()
-    folded = fold_projection(table, mean, scale, components, dtype=dtype)
+    tokens, vocab, dtype = case["groups"] * case["length"], case["vocab"], getattr(torch, case["dtype"])
+    rows = vocab if case["kind"] == "tokens" else tokens
+    table = torch.randn(rows, case["dim"], device=case["device"]).to(dtype)
+    ids = (torch.rand(tokens, device=case["device"]).pow(3) * vocab).long().clamp_max(vocab - 1)
+    return table, ids, offsets_of(case)
 
-    def bag() -> Tensor:
-        return F.embedding_bag(ids, table, offsets, mode="mean", include_last_offset=True)
 
-    def eager() -> Tensor:
-        return table[ids].view(a.groups, a.length, a.dim).float().mean(1)
+def projection(dim: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, scale, components."""
+    mean, scale = torch.randn(dim, device=device) / 10, torch.rand(dim, device=device) + 0.5
+    return mean, scale, torch.linalg.qr(torch.randn(dim, KEEP, device=device))[0].t().contiguous()
 
-    def projected() -> Tensor:
-        return F.normalize((mean_pool(table, ids, offsets) - mean) / scale @ components.t(), dim=1)
 
-    found: Variants = {
+def eager_tokens(table: Tensor, ids: Tensor, groups: int) -> Tensor:
+    return table[ids].view(groups, -1, table.shape[1]).float().mean(1)
+
+
+def eager_hidden(hidden: Tensor, weight: Tensor, groups: int) -> Tensor:
+    normed = F.rms_norm(hidden.float(), weight.shape, weight, 1e-6).to(hidden.dtype)
+    return normed.view(groups, -1, hidden.shape[1]).float().mean(1)
+
+
+def check(case: Case) -> None:
+    case = {**case, **CHECK}
+    table, ids, offsets = make(case)
+    if case["kind"] == "hidden":
+        weight = torch.rand(case["dim"], device=case["device"]) + 0.5
+        normed = F.rms_norm(table.double(), weight.shape, weight.double(), 1e-6)
+        truth = normed.view(case["groups"], -1, case["dim"]).mean(1)
+        return hold([(norm_mean_pool(table, offsets, norm_weight=weight), truth)], 1e-5)
+    truth = table.double()[ids].view(case["groups"], -1, case["dim"]).mean(1)
+    mean, scale, components = projection(case["dim"], case["device"])
+    unit = F.normalize((truth - mean) / scale @ components.t().double(), dim=1)
+    folded = fold_projection(table, mean, scale, components, dtype=table.dtype)
+    hold([(mean_pool(table, ids, offsets), truth)], 1e-5)
+    hold([(mean_pool(folded, ids, offsets, normalize=True), unit)], bound_of(case["dtype"], exact=1e-4))
+
+
+def prepare(case: Case, names: Sequence[str]) -> Prepared:
+    table, ids, offsets = make(case)
+    groups, dim = case["groups"], case["dim"]
+    if case["kind"] == "hidden":
+        weight = torch.rand(dim, device=case["device"]) + 0.5
+        made: dict[str, Run] = {
+            "effkern": lambda: norm_mean_pool(table, offsets, norm_weight=weight),
+            "eager": lambda: eager_hidden(table, weight, groups),
+            "torch.compile": lambda: compiled(eager_hidden)(table, weight, groups),
+        }
+        return Prepared({name: made[name] for name in names if name in made})
+    mean, scale, components = projection(dim, case["device"])
+    folded = fold_projection(table, mean, scale, components, dtype=table.dtype)
+    made = {
+        "embedding_bag": lambda: F.embedding_bag(ids, table, offsets, mode="mean", include_last_offset=True),
         "effkern": lambda: mean_pool(table, ids, offsets),
-        "embedding_bag": bag,
-        "eager": eager,
-        "torch.compile": torch.compile(eager, dynamic=False),
+        "eager": lambda: eager_tokens(table, ids, groups),
+        "torch.compile": lambda: compiled(eager_tokens)(table, ids, groups),
         "gather": lambda: table.index_select(0, ids),
-        "projected": projected,
+        "projected": lambda: F.normalize((mean_pool(table, ids, offsets) - mean) / scale @ components.t(), dim=1),
         "folded": lambda: mean_pool(folded, ids, offsets, normalize=True),
     }
-    truth = table.double()[ids].view(a.groups, a.length, a.dim).mean(1)
-    check(found["effkern"](), truth, 1e-5)
-    unit = F.normalize((truth - mean) / scale @ components.t().double(), dim=1)
-    check(found["folded"](), unit, 1e-4 if dtype == torch.float32 else 2e-2)
-    return found, ids.numel() * a.dim * table.itemsize
+    return Prepared({name: made[name] for name in names})
 
 
-def hidden_variants(a: argparse.Namespace, dtype: torch.dtype) -> tuple[Variants, int]:
-    torch.manual_seed(0)
-    hidden = torch.randn(a.groups * a.length, a.dim, device=a.device).to(dtype)
-    weight = torch.rand(a.dim, device=a.device) + 0.5
-    offsets = torch.arange(0, a.groups * a.length + 1, a.length, device=a.device)
-
-    def eager() -> Tensor:
-        normed = F.rms_norm(hidden.float(), (a.dim,), weight, 1e-6).to(dtype)
-        return normed.view(a.groups, a.length, a.dim).float().mean(1)
-
-    found: Variants = {
-        "effkern": lambda: norm_mean_pool(hidden, offsets, norm_weight=weight),
-        "eager": eager,
-        "torch.compile": torch.compile(eager, dynamic=False),
-    }
-    wide = F.rms_norm(hidden.double(), (a.dim,), weight.double(), 1e-6)
-    check(found["effkern"](), wide.view(a.groups, a.length, a.dim).mean(1), 1e-5)
-    return found, hidden.nbytes
+def work(case: Case) -> Work:
+    tokens = case["groups"] * case["length"]
+    ids = 8 * tokens if case["kind"] == "tokens" else 0
+    return Work(tokens * case["dim"] * item_bytes(case["dtype"]) + ids + 4 * case["groups"] * case["dim"])
 
 
-def check(found: Tensor, truth: Tensor, bound: float) -> None:
-    """No number on a wrong result."""
-    error = ((found.double() - truth).norm() / truth.norm()).item()
-    if not error <= bound:
-        raise SystemExit(f"wrong result: error {error:.1e} > {bound:.0e}; nothing is timed")
-
-
-def report(a: argparse.Namespace, case: dict[str, Any], variants: Variants, moved: int) -> None:
-    runs = {name: repeated(run) for name, run in variants.items()}
-    timings = runner.interleave({name: run for name, (run, _) in runs.items()}, a.rounds)
-    timings = {
-        name: runner.Timing(*(s / runs[name][1] for s in (t.wall, t.wall_low, t.wall_high, t.cpu)))
-        for name, t in timings.items()
-    }
-    if a.json:
-        print("\n".join(runner.result_lines("mean_pool", case, timings, {})), flush=True)
-        return
-    print(f"{case}: {moved / timings['effkern'].wall / 1e9:.1f} GB/s")
-    print(runner.table(timings, "effkern", {}), flush=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocab", type=int, default=32000)
-    parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--keep", type=int, default=64, help="columns of the projection")
-    parser.add_argument("--length", type=int, default=1280)
-    parser.add_argument("--groups", type=int, default=64)
-    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", action="store_true", help="one JSON object per line instead of tables")
-    a = parser.parse_args()
-    torch.set_num_threads(a.threads)
-    if not a.json:
-        print(json.dumps(runner.machine()))
-    for name in a.dtypes:
-        for kind, make in (("tokens", token_variants), ("hidden", hidden_variants)):
-            torch._dynamo.reset()
-            case = {"kind": kind, "dtype": name, "vocab": a.vocab, "dim": a.dim, "keep": a.keep, "length": a.length}
-            variants, moved = make(a, getattr(torch, name))
-            with torch.no_grad():
-                report(a, {**case, "groups": a.groups, "device": a.device}, variants, moved)
-
+SCALED = {"kind": "tokens", "dtype": "float32", "vocab": 4096, "dim": 64, "length": 128, "groups": 64}
+OP = Op(
+    name="mean_pool",
+    doc=__doc__,
+    axes=(
+        Axis("kind", "--kinds", ("tokens", "hidden"), ("tokens", "hidden")),
+        Axis("dtype", "--dtypes", ("float32", "bfloat16"), ("float32", "bfloat16")),
+        Axis("vocab", "--vocab", (32000,)),
+        Axis("dim", "--dim", (512,)),
+        Axis("length", "--length", (1280,)),
+        Axis("groups", "--groups", (64,)),
+    ),
+    variants=("embedding_bag", "effkern", "eager", "torch.compile", "gather", "projected", "folded"),
+    check=check,
+    prepare=prepare,
+    work=work,
+    works=lambda case: {"projected": None, "folded": None},
+    floor={"embedding_bag": 1.0},
+    registry=("mean_pool",),
+    scaling=(
+        Scaling("groups", (16, 32, 64, 128, 256), SCALED, "1: every group costs the same"),
+        Scaling("length", (64, 128, 256, 512, 1024), SCALED, "1: every id costs the same"),
+    ),
+    no_huge="offsets of rows are 64-bit products; a table of 2^31 elements takes 8 GiB and says no more",
+)
 
 if __name__ == "__main__":
-    main()
+    harness.main(OP)

@@ -6,24 +6,23 @@
 Parameters: 4 x 384x384, 384x1536 and 1536x384 per layer, one-sided on the side of 384, so that 36 roots are one batch.
 Floor: the Gram products at half the time of torch.bmm (one triangle is half the work), LAPACK's float32 eigh with a
 half product, one whole matrix per thread, and the bare torch.bmm of root and gradient. "step" is Gram matrices, roots
-and updates with momentum and norm; "step, roots / 10" has a tenth of the roots' time.
+and updates with momentum and norm; "step, roots / 10" has a tenth of the roots' time. FLOPs of a root are those of an
+eigendecomposition without its iteration, 4/3 + 2 n^3, and half of a product.
 """
 
-import argparse
-import json
-import statistics
-import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
 # First, as it sets the thread policy before torch is imported.
-from benchmarks import runner  # isort: skip
+from benchmarks import harness  # isort: skip
 
 import torch
 from torch import Tensor
 
-from effkern.ops.shampoo import apply_, gram_ema_, inverse_root
+from benchmarks.case import Axis, Case, Huge, Op, Prepared, Run, Scaling, Terms, Work, WrongResult, hold
+from effkern.ops.shampoo import apply_, gram_ema_, inverse_root, methods
 
+# Moving averages before a measurement.
+STEPS = 12
 DECAY = 0.95
 GROUPS = (("left", 4, 1, 1), ("left", 1, 1, 4), ("right", 1, 4, 1))
 # LAPACK in float32 is asked for down to here.
@@ -92,7 +91,7 @@ class Decoder:
         torch.bmm(Q * f[:, None], Q.mT, out=self.roots)
 
 
-def muon(decoder: Decoder) -> Callable[[], object]:
+def muon(decoder: Decoder) -> Run:
     """torch.optim.Muon on the same matrices, one parameter each."""
     parameters = [torch.nn.Parameter(w.clone()) for group in decoder.weights for w in group]
     for p, g in zip(parameters, (g for group in decoder.grads for g in group)):
@@ -100,110 +99,153 @@ def muon(decoder: Decoder) -> Callable[[], object]:
     return torch.optim.Muon(parameters, lr=1e-3).step
 
 
-def check(decoder: Decoder, ridge: float) -> None:
-    """No number on a wrong result: the first roots against float64."""
+def make(case: Case) -> Decoder:
+    return Decoder(case["layers"], case["width"], steps=STEPS)
+
+
+def check(case: Case) -> None:
+    """Of one layer, against float64: roots, a factor's next average, and the update that they give."""
+    decoder, ridge = make({**case, "layers": 1}), case["ridge"]
     decoder.root("rational", ridge)
-    A = decoder.factors[::12].double()
+    A = decoder.factors.double()
     lam, Q = torch.linalg.eigh(A)
-    want = (Q * ((lam + ridge * lam[:, -1:]) ** -0.5)[:, None]) @ Q.mT
-    error = ((decoder.roots[::12].double() - want).norm() / want.norm()).item()
-    if not error <= 1e-2:
-        raise SystemExit(f"wrong result: relative error {error:.1e} > 1e-2; nothing is timed")
+    hold([(decoder.roots, (Q * ((lam + ridge * lam[:, -1:]) ** -0.5)[:, None]) @ Q.mT)], 1e-2)
+    before = [w.double() for w in decoder.weights]
+    decoder.grams()
+    decoder.updates()
+    for (side, *_), factor, was, roots, grad, weight, new in zip(
+        decoder.groups, decoder.parts(decoder.factors), decoder.parts(A), decoder.parts(decoder.roots.double()),
+        decoder.grads, before, decoder.weights,
+    ):  # fmt: skip
+        G = grad.double()
+        hold([(factor, DECAY * was + (1 - DECAY) * (G @ G.mT if side == "left" else G.mT @ G))], 1e-5)
+        update = 0.1 * (roots @ G if side == "left" else G @ roots)
+        # Momenta were 0, updates have norm 1.
+        step = 1e-3 * update / update.norm(dim=(1, 2), keepdim=True)
+        hold([(new.double() - weight, -step - 1e-3 * 0.1 * weight)], 1e-3)
 
 
-def measure(decoder: Decoder, ridge: float, rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Wall and CPU seconds of each part, round after round."""
-    parts: dict[str, Callable[[], object]] = {
+def prepare(case: Case, names: Sequence[str]) -> Prepared:
+    decoder, ridge = make(case), case["ridge"]
+    made: dict[str, Run] = {
         "bmm G G^T": decoder.bare_grams,
         "bmm X G": decoder.bare_updates,
         "eigh, a matrix per thread": lambda: decoder.root("eigh", SINGLE_RIDGE),
         "effkern gram": decoder.grams,
         "effkern root": lambda: decoder.root("rational", ridge),
         "effkern apply": decoder.updates,
-        "torch.linalg.eigh": decoder.torch_roots,
-        "torch.optim.Muon": muon(decoder),
+        "torch.linalg.eigh and products": decoder.torch_roots,
     }
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in parts}
-    for i in range(rounds + 1):
-        for name, run in parts.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            run()
-            if i > 0:
-                found[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    if "torch.optim.Muon" in names:
+        made["torch.optim.Muon"] = muon(decoder)
+    decoder.root("rational", ridge)
+    found = {name: made[name] for name in names}
+    sums = {k: terms for k, terms in {**FLOORS, **SUMS}.items() if terms.keys() <= found.keys()}
+    return Prepared(found, sums=sums)
+
+
+FLOORS: dict[str, Terms] = {
+    "floor: gram": {"bmm G G^T": 0.5},
+    "floor: step": {"bmm G G^T": 0.5, "eigh, a matrix per thread": 1.0, "bmm X G": 1.0},
+    "floor: step, roots / 10": {"bmm G G^T": 0.5, "eigh, a matrix per thread": 0.1, "bmm X G": 1.0},
+}
+SUMS: dict[str, Terms] = {
+    "effkern step": {"effkern gram": 1.0, "effkern root": 1.0, "effkern apply": 1.0},
+    "effkern step with eigh": {"effkern gram": 1.0, "eigh, a matrix per thread": 1.0, "effkern apply": 1.0},
+    "effkern step, roots / 10": {"effkern gram": 1.0, "effkern root": 0.1, "effkern apply": 1.0},
+    "torch one-sided step": {"bmm G G^T": 1.0, "torch.linalg.eigh and products": 1.0, "bmm X G": 1.0},
+}
+
+
+def floor(variant: str) -> Terms:
+    if "gram" in variant or "G G^T" in variant:
+        return FLOORS["floor: gram"]
+    if "eigh, a" in variant or variant in ("effkern root", "torch.linalg.eigh and products"):
+        return {"eigh, a matrix per thread": 1.0}
+    if variant in ("effkern apply", "bmm X G"):
+        return {"bmm X G": 1.0}
+    return FLOORS["floor: step, roots / 10" if variant.endswith("/ 10") else "floor: step"]
+
+
+def works(case: Case) -> dict[str, Work | None]:
+    d, sizes = case["width"], [(case["layers"] * n, m * k) for _, n, m, k in GROUPS]
+    count, elements = sum(n for n, _ in sizes), sum(n * ratio for n, ratio in sizes) * d * d
+    square = count * d * d
+    gram = Work(4 * (elements + 2 * square), elements * d)
+    root = Work(4 * 2 * square, (10 / 3 + 1) * square * d)
+    # Root, gradient; momentum and weight, both read and written.
+    apply = Work(4 * (square + 5 * elements), 2.0 * elements * d)
+
+    def step(share: float) -> Work:
+        parts = ((1.0, gram), (share, root), (1.0, apply))
+        return Work(sum(s * p.bytes for s, p in parts), sum(s * p.flops for s, p in parts))
+
+    return {
+        "bmm G G^T": Work(gram.bytes, 2 * gram.flops), "bmm X G": apply, "eigh, a matrix per thread": root,
+        "effkern gram": gram, "effkern root": root, "effkern apply": apply, "torch.linalg.eigh and products": root,
+        "effkern step, roots / 10": step(0.1), "torch.optim.Muon": None, "": step(1.0),
+        **dict.fromkeys(FLOORS),
+    }  # fmt: skip
+
+
+def work(case: Case) -> Work:
+    found = works(case)[""]
+    assert found is not None
     return found
 
 
-def rows(found: dict[str, list[tuple[float, float]]]) -> dict[str, dict[str, float]]:
-    """Medians, and the median over rounds of each ratio to the floor of its own round."""
-    t = {name: list(pairs) for name, pairs in found.items()}
-
-    def add(*terms: tuple[float, str]) -> list[tuple[float, float]]:
-        count = len(t["bmm X G"])
-        return [(sum(w * t[n][i][0] for w, n in terms), sum(w * t[n][i][1] for w, n in terms)) for i in range(count)]
-
-    floors = {
-        "gram": add((0.5, "bmm G G^T")),
-        "root": add((1.0, "eigh, a matrix per thread")),
-        "apply": add((1.0, "bmm X G")),
-    }
-    for label, share in (("step", 1.0), ("step, roots / 10", 0.1)):
-        floors[label] = add((0.5, "bmm G G^T"), (share, "eigh, a matrix per thread"), (1.0, "bmm X G"))
-    compared = [
-        ("effkern gram", "gram", [(1.0, "effkern gram")]),
-        ("effkern root", "root", [(1.0, "effkern root")]),
-        ("torch.linalg.eigh and products", "root", [(1.0, "torch.linalg.eigh")]),
-        ("effkern apply", "apply", [(1.0, "effkern apply")]),
-        ("effkern step", "step", [(1.0, "effkern gram"), (1.0, "effkern root"), (1.0, "effkern apply")]),
-        ("effkern step with eigh", "step",
-         [(1.0, "effkern gram"), (1.0, "eigh, a matrix per thread"), (1.0, "effkern apply")]),
-        ("torch one-sided step", "step", [(1.0, "bmm G G^T"), (1.0, "torch.linalg.eigh"), (1.0, "bmm X G")]),
-        ("torch.optim.Muon", "step", [(1.0, "torch.optim.Muon")]),
-        ("effkern step, roots / 10", "step, roots / 10",
-         [(1.0, "effkern gram"), (0.1, "effkern root"), (1.0, "effkern apply")]),
-    ]  # fmt: skip
-    result = {}
-    for name, floor, terms in compared:
-        own, base = add(*terms), floors[floor]
-        wall = [w for w, _ in own]
-        result[name] = {
-            "wall": statistics.median(wall),
-            "wall_low": min(wall),
-            "wall_high": max(wall),
-            "cpu": statistics.median(c for _, c in own),
-            "floor_ms": 1e3 * statistics.median(w for w, _ in base),
-            "floor_cpu_ms": 1e3 * statistics.median(c for _, c in base),
-            "of_floor": statistics.median(a[0] / b[0] for a, b in zip(own, base)),
-            "of_floor_cpu": statistics.median(a[1] / b[1] for a, b in zip(own, base)),
-        }
-    return result
+def why(case: Case) -> list[str]:
+    ridge = case["ridge"]
+    chosen = methods.resolve("auto", -0.5, ridge, None, "cpp")
+    passed = [f"{m}: needs {rule}" for m in methods.POWERS["cpp"] if (rule := methods.covers(m, -0.5, ridge, None))]
+    return [f'method="auto" is {chosen} at a ridge of {ridge:g}{"; not " + "; ".join(passed) if passed else ""}']
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--ridge", type=float, default=1e-6)
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
-    a = parser.parse_args()
-    torch.set_num_threads(a.threads)
-    decoder = Decoder(a.layers, a.width, steps=12)
-    check(decoder, a.ridge)
-    found = rows(measure(decoder, a.ridge, a.rounds))
-    case: dict[str, Any] = {"layers": a.layers, "width": a.width, "ridge": a.ridge}
-    if a.json:
-        for name, row in found.items():
-            print(json.dumps({"benchmark": "shampoo", "case": case, "variant": name, **row, **runner.machine()}))
-        return
-    print(json.dumps(runner.machine()))
-    print("| what | wall ms | cpu ms | floor ms | of floor | of floor, cpu |", "|---|---|---|---|---|---|", sep="\n")
-    for name, r in found.items():
-        print(
-            f"| {name} | {1e3 * r['wall']:.1f} | {1e3 * r['cpu']:.1f} | {r['floor_ms']:.1f} | {r['of_floor']:.2f} "
-            f"| {r['of_floor_cpu']:.2f} |"
-        )
+def huge() -> Huge:
+    """A batch of Gram averages with more than 2^31 numbers: the last must be what it is alone."""
+    n = 64
+    count = (1 << 31) // n**2 + 16
 
+    def run() -> None:
+        grads = torch.randn(16, n, 8)
+        wide, alone = torch.zeros(count, n, n), torch.zeros(16, n, n)
+        gram_ema_(wide, grads.repeat(count // 16, 1, 1), decay=0.5, weight=0.5)
+        gram_ema_(alone, grads, decay=0.5, weight=0.5)
+        if not torch.equal(wide[-16:], alone):
+            raise WrongResult("wrong result of the last matrices")
+
+    return Huge(4 * count * n * (n + 8), f"Gram averages of {count} x {n} x {n}", run)
+
+
+OP = Op(
+    name="shampoo",
+    doc=__doc__,
+    axes=(
+        Axis("layers", "--layers", (6,)),
+        Axis("width", "--width", (384,)),
+        Axis("ridge", "--ridge", (1e-6,)),
+    ),
+    variants=(
+        "bmm G G^T", "bmm X G", "eigh, a matrix per thread", "effkern gram", "effkern root", "effkern apply",
+        "torch.linalg.eigh and products", "torch.optim.Muon",
+    ),
+    check=check,
+    prepare=prepare,
+    work=work,
+    works=works,
+    floor=floor,
+    ours="effkern step",
+    needs=("bmm G G^T", "bmm X G", "eigh, a matrix per thread"),
+    registry=("shampoo_gram_ema_", "shampoo_inverse_root", "shampoo_apply_"),
+    why=why,
+    devices=("cpu",),
+    rounds=21,
+    scaling=(
+        Scaling("width", (24, 48, 96, 192, 384), {"layers": 1, "ridge": 1e-6}, "3: products and roots of order n"),
+        Scaling("layers", (1, 2, 4, 8, 16), {"width": 96, "ridge": 1e-6}, "1: every matrix costs the same"),
+    ),
+    huge=huge,
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    harness.main(OP)

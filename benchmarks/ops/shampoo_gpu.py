@@ -19,6 +19,7 @@ from benchmarks import runner  # isort: skip
 import torch
 from torch import Tensor
 
+from benchmarks.case import Work
 from effkern.ops.shampoo import inverse_root, iterations
 
 METHODS = (("polar_express", "tf32x3"), ("polar_express", "bf16x3"), ("gram_ns", "tf32x3"), ("gram_ns", "ieee"))
@@ -113,6 +114,8 @@ def main() -> None:
     extra: dict[str, dict] = {
         name: {
             "tflops": rate[name],
+            # Matrices in, roots out.
+            **Work(2 * A.nbytes, flops[name] * a.batch).rates(t.wall),
             "error": errors.get(name),
             "of_newton": t.wall / timings["newton, torch float32"].wall,
         }
