@@ -19,6 +19,16 @@ pytest.importorskip("accelerate")
 KD = {"temperature": 2.0, "teacher_temperature": 2.0}
 
 
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """Its state, with the precision, belongs to the process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 class Distil(DistillTrainer, transformers.Trainer):
     pass
 
@@ -63,7 +73,7 @@ def test_trainer(options, tmp_path):
     moved = weights(plain) - start
     assert moved.norm() > 1e-2
     assert rel_err(weights(model) - start, moved.double()) < (0.05 if "bf16" in options else 1e-4)
-    unpatch(model)
+    unpatch(trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False))
 
 
 def test_distill_trainer_against_a_loop_by_hand(tmp_path):
@@ -194,7 +204,7 @@ def test_peft(order, saved):
     assert len(got[1]) == len(want[1])
     for grad, true in zip(got[1], want[1]):
         assert rel_err(grad, true.double()) < 2e-5
-    LoRARite(find_pairs(model), lr=0.1, others="ignore").step()
+    LoRARite(find_pairs(model), lr=0.003, others="ignore").step()
     assert adapter_grads(model, inputs)[0] < got[0]
     unpatch(model)
     assert type(model.get_base_model()) is transformers.LlamaForCausalLM
@@ -225,6 +235,6 @@ def test_fsdp2_in_two_processes():
             assert rel_err(both, want[step].double()) < 1e-5, case
         for rank in found:
             assert "must be as patch left it (undo sharding" in rank[f"{case}-unpatch"]
-            assert "before it is compiled, sharded or wrapped" in rank[f"{case}-patch"]
+            assert "must be unchanged (unpatch first), got one with distill_loss" in rank[f"{case}-patch"]
             for got, true in zip(rank[case][steps:], want[steps:], strict=True):
                 assert rel_err(got, true.double()) < 1e-5, case
