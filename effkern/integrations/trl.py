@@ -84,12 +84,13 @@ def gkd_loss(
     flat = torch.zeros(rows, dtype=torch.long, device=first.device) if labels is None else labels.reshape(-1)
     count: Any = (flat != IGNORED).sum() if labels is not None or reduction == "mean" else leading[0]
     denom = {"batchmean": count, "sum": 1, "mean": count * vocab}[reduction]
-    divergence = {0: "forward_kl", 1: "reverse_kl"}.get(beta, "jsd")
+    divergence = "forward_kl" if beta == 0 else "reverse_kl" if beta == 1 else "jsd"
     share = beta if divergence == "jsd" else None
     teacher = _teacher(teacher_logits, leading)
     if whole:
         if not isinstance(teacher, TeacherLogits):
-            raise TypeError(f"{OP}: teacher_logits must be logits where student_logits are, got {type(teacher).__name__}")
+            got = type(teacher).__name__
+            raise TypeError(f"{OP}: teacher_logits must be logits where student_logits are, got {got}")
         return _from_logits(student_logits, teacher, flat, divergence, share, temperature, denom, vocab, impl)
     hidden, weight, bias = _parts("student_logits", student_logits)
     return linear_distill_loss(
@@ -146,7 +147,7 @@ def _from_logits(
     denominator = torch.as_tensor(denom, dtype=wide, device=student.device)
     factor = torch.where(denominator == 0, 0.0, 1.0 / denominator)
     blocks = _blocks(student, teacher.logits.detach(), labels)
-    return _RowLoss.apply(*blocks, factor, options, chosen, vocab)  # type: ignore[no-any-return]
+    return _RowLoss.apply(*blocks, factor, options, chosen, vocab)
 
 
 def _blocks(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,7 +179,8 @@ class _RowLoss(torch.autograd.Function):
                 # A teacher with gaps between entries, as a transposed one, would be read wrongly by a kernel.
                 teacher_CV = teacher_BNV[b, part, :vocab]
                 teacher_CV = teacher_CV if teacher_CV.stride(1) == 1 else teacher_CV.contiguous()
-                tensors = Rows(z_CV, teacher_CV, None, None, None, labels_C, scale_C, torch.ones_like(scale_C), stats_SC)
+                omega_C = torch.ones_like(scale_C)
+                tensors = Rows(z_CV, teacher_CV, None, None, None, labels_C, scale_C, omega_C, stats_SC)
                 grad_CV = chunked.row_pass(impl)(tensors, factor.dtype if needed else None, options)
                 total += torch.where(scale_C != 0, stats_SC[0], 0.0).sum()
                 if grad_BNV is not None and grad_CV is not None:

@@ -86,7 +86,7 @@ _NAMES = {"GPT2": "GPT2LMHeadModel"}
 
 
 def causal(family: str, **changes):
-    """A causal language model of any family that patch knows, in evaluation mode, with its peculiarities not neutral."""
+    """A causal language model of any family that patch knows, in evaluation mode, nothing of its own left neutral."""
     if family in FAMILIES:
         return decoder(family, **{**({"final_logit_softcapping": 3.0} if family == "Gemma2" else {}), **changes})
     if family == "Gemma3n":

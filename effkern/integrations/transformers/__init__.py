@@ -1,6 +1,6 @@
-"""In Hugging Face transformers: `patch` and `unpatch` for a whole causal language model, `DistillTrainer` for its Trainer
-and `teacher_hidden` for a loop of one's own; and what patch is made of: `apply_laurel` for decoders without LAuReL,
-`use_fused_laurel` for Gemma 3n, `loop_layers` to run a span of layers several times.
+"""In Hugging Face transformers: `patch` and `unpatch` for a whole causal language model, `DistillTrainer` for its
+Trainer and `teacher_hidden` for a loop of one's own; and what patch is made of: `apply_laurel` for decoders without
+LAuReL, `use_fused_laurel` for Gemma 3n, `loop_layers` to run a span of layers several times.
 
 transformers itself is imported by whoever made the model, never here.
 """

@@ -66,7 +66,9 @@ def causal_model(op: str, model: nn.Module) -> nn.Module:
     Raises:
         ValueError: another architecture, or wrapped.
     """
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
     if path_of(inner) not in FAMILIES:
         rule = f"be a causal language model of transformers' {NAMES} (before it is compiled, sharded or wrapped)"
         raise ValueError(f"{op}: model must {rule}, got {type(inner).__name__}")

@@ -99,7 +99,9 @@ def unpatch(model: Model) -> Model:
         ValueError: patch was not applied to `model`, or it was sharded or wrapped since; the model is as it was.
     """
     op = "unpatch"
-    causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    causal: Any = model
+    if hasattr(causal, "get_base_model"):
+        causal = causal.get_base_model()
     names = vars(causal).get("effkern_patch")
     if names is None:
         raise ValueError(f"{op}: model must be one that patch was applied to, got {type(causal).__name__}")
