@@ -310,6 +310,49 @@ def test_accelerate(name, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("automatic", [True, False])
+def test_lightning(automatic, tmp_path):
+    """Where it is installed: its Trainer, in both ways, makes the steps of a plain loop."""
+    lightning = pytest.importorskip("lightning")
+    data = torch.utils.data.DataLoader(list(torch.randint(0, 11, (5, 4, 6))), batch_size=None)
+
+    def loss_of(model, ids):
+        return nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net, self.automatic_optimization = net(), automatic
+
+        def configure_optimizers(self):
+            return create("muon", self.net, lr=0.01)
+
+        def training_step(self, ids, index):
+            if automatic:
+                return loss_of(self.net, ids)
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss_of(self.net, ids))
+            optimizer.step()
+            return None
+
+    module, plain = Module(), net()
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    lightning.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, **quiet).fit(module, data)
+    optimizer = create("muon", plain, lr=0.01)
+    for ids in data:
+        optimizer.zero_grad()
+        loss_of(plain, ids).backward()
+        optimizer.step()
+    assert torch.equal(flat(module.net), flat(plain))
+
+
 # Bad input -------------------------------------------------------------------------------------------------------
 
 
