@@ -55,7 +55,7 @@ def fit(model: nn.Module, data: list[Tensor], labels: dict[str, Tensor]) -> floa
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=120, help="of the students; the teacher has three times as many")
-    parser.add_argument("--k", type=int, default=12)
+    parser.add_argument("--k", type=int, default=32)
     a = parser.parse_args(argv)
     torch.manual_seed(0)
     teacher = patch(GPTNeoXForCausalLM(GPTNeoXConfig(hidden_size=96, intermediate_size=192, **LAYERS)))
