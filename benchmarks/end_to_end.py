@@ -12,7 +12,7 @@ the same mathematics in plain torch modules, one compiled function for model and
 
 Each of the twelve is a process of its own; rounds of steps take turns, so that a drift of the machine reaches all. The
 loss and the gradient norm of the first steps must agree between the two sides, or nothing is timed. Compiling, the
-teacher's training (--teacher-steps) and validation are not in the times.
+teacher's training (150 steps) and validation are not in the times.
 
     tokens/s   of the median step                      step     rise of memory at the peak of a step, MiB
     loss       validation loss after all steps         state    weights, optimizer state and teacher, MiB
@@ -48,6 +48,7 @@ from effkern.train.presets import PRESETS
 METHODS = ("base", "distill", "laurel", "loops", "shampoo", "all")
 SIDES = ("plain", "effkern")
 VOCAB = 4096
+TEACHER_STEPS = 150
 # Steps that the two sides must agree on, which also compile and warm up.
 AGREED = 3
 # Between two float32 implementations; Shampoo's roots are good to 1e-3.
@@ -83,7 +84,7 @@ def configure(method: str, work: Path, steps: int, threads: int) -> TrainConfig:
     )  # fmt: skip
 
 
-def prepare(work: Path, teacher_steps: int, threads: int) -> None:
+def prepare(work: Path, threads: int) -> None:
     """Corpus and teacher, if they are not there."""
     from effkern.train.loop import train
 
@@ -91,7 +92,7 @@ def prepare(work: Path, teacher_steps: int, threads: int) -> None:
         PackedDataset(work / "data")
     except (FileNotFoundError, ValueError):
         build_dataset(work / "data", ["stdlib"], vocab_size=VOCAB, max_bytes=4 << 20, overwrite=True)
-    base, teacher = configure("base", work, teacher_steps, threads), PRESETS["demo-teacher"].config
+    base, teacher = configure("base", work, TEACHER_STEPS, threads), PRESETS["demo-teacher"].config
     run = replace(base.run, out=str(work / "teacher"), compile=False)
     train(replace(base, model=teacher.model, optimizer=teacher.optimizer, run=run), title="teacher")
 
@@ -320,7 +321,6 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--steps", type=int, default=43)
-    parser.add_argument("--teacher-steps", type=int, default=150)
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("runs/end_to_end"), help="corpus and teacher; taken up again")
@@ -337,7 +337,7 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(a.threads)
         serve(Side(config, side == "plain"))
         return 0
-    prepare(a.work, a.teacher_steps, a.threads)
+    prepare(a.work, a.threads)
     tokens = PRESETS["demo"].config.data
     rows = summarise(measure(a), tokens.batch_size * tokens.seq_len)
     lines = result_lines(rows, a.steps)
