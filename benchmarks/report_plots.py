@@ -237,25 +237,29 @@ def roofline(
     low, high = min(*intensities, 0.1) / 2, max(*intensities, 10.0) * 2
     for i, (name, rate) in enumerate(sorted(rates.items(), key=lambda item: -item[1])):
         edge = rate / bandwidth
-        xs = [x for x in (low, edge, high) if low <= x <= high]
-        line = [low, *xs, high]
-        axes.plot(line, [min(x * bandwidth, rate) for x in line], color=f"{0.15 + 0.25 * i:.2f}", linewidth=1.2)
+        inside = [x for x in (low, edge, high) if low <= x <= high]
+        line = [low, *inside, high]
+        axes.plot(line, [min(x * bandwidth, rate) / 1e9 for x in line], color=f"{0.15 + 0.25 * i:.2f}", linewidth=1.2)
         axes.annotate(
-            f"{name} {rate / 1e9:.0f} GFLOP/s", (high, rate), xytext=(-4, 3), textcoords="offset points", ha="right",
-            fontsize=8,
+            f"{name} {rate / 1e9:.0f} GFLOP/s", (high, rate / 1e9), xytext=(-4, 3), textcoords="offset points",
+            ha="right", fontsize=8,
         )  # fmt: skip
     axes.annotate(
-        f"copy {bandwidth / 1e9:.1f} GB/s", (low, low * bandwidth), xytext=(8, 12), textcoords="offset points",
+        f"copy {bandwidth / 1e9:.1f} GB/s", (low, low * bandwidth / 1e9), xytext=(8, 12), textcoords="offset points",
         rotation=30, fontsize=8,
     )  # fmt: skip
     for i, (name, group) in enumerate(points.items()):
         marker, colour = MARKERS[i % len(MARKERS)], COLOURS[i % len(COLOURS)]
-        axes.plot(*zip(*group), linestyle="", marker=marker, color=colour, alpha=0.8, markersize=6, label=name)
+        xs, ys = zip(*group)
+        attained = [y / 1e9 for y in ys]
+        axes.plot(xs, attained, linestyle="", marker=marker, color=colour, alpha=0.8, markersize=6, label=name)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(low, high)
     axes.set_xlabel("FLOPs per byte that must move")
-    axes.set_ylabel("FLOP/s")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+    axes.set_ylabel("GFLOP/s")
     axes.grid(linewidth=0.4, alpha=0.6)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     save(figure, path)
@@ -299,6 +303,8 @@ def scaling(found: Mapping[str, Sequence[tuple[float, float]]], exponents: Mappi
         )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
     axes.set_xlabel("size over the smallest")
     axes.set_ylabel("ms")
     axes.grid(linewidth=0.4, alpha=0.6)
