@@ -2,7 +2,7 @@
 
     python -m benchmarks.end_to_end [--steps 43] [--json FILE] [--only base loops ...]
 
-Every method trains the demo's student (256 wide, 3 layers, 4096 tokens; batches of 8 x 128) from the same weights on
+Every method trains the demo's student (256 wide, 3 layers; batches of 8 x 128 tokens) from the same weights on
 the same batches with the same learning rates, once by this package's trainer and once by end_to_end_plain, which writes
 the same mathematics in plain torch modules, one compiled function for model and loss, fused AdamW:
 
@@ -59,10 +59,10 @@ EVAL_BATCHES = 4
 REACHED = 1e-3
 
 
-def configure(method: str, work: Path, steps: int, threads: int) -> TrainConfig:
+def configure(method: str, work: Path, steps: int, threads: int, vocab: int = VOCAB) -> TrainConfig:
     """The training of a method; both sides read it."""
     base = PRESETS["demo"].config
-    model, optimizer = base.model, base.optimizer
+    model, optimizer = replace(base.model, vocab_size=vocab), base.optimizer
     schedule, teacher = ScheduleConfig(steps=steps), TeacherConfig()
     if method in ("laurel", "all"):
         model = replace(model, residual="laurel", laurel=LaurelConfig("rw+lr", rank=16))
@@ -70,7 +70,7 @@ def configure(method: str, work: Path, steps: int, threads: int) -> TrainConfig:
         model = replace(model, stack="looped", loop=LoopConfig(stages="1x1,1x3,1x1"))
     if method in ("distill", "all"):
         schedule = replace(schedule, mode="rkd", omega=0.5)
-        teacher = TeacherConfig(checkpoint=str(work / "teacher"))
+        teacher = TeacherConfig(checkpoint=str(work / f"teacher-{vocab}"))
     if method in ("shampoo", "all"):
         optimizer = replace(optimizer, name="shampoo")
     run = replace(
@@ -84,7 +84,7 @@ def configure(method: str, work: Path, steps: int, threads: int) -> TrainConfig:
     )  # fmt: skip
 
 
-def prepare(work: Path, threads: int) -> None:
+def prepare(work: Path, threads: int, vocab: int) -> None:
     """Corpus and teacher, if they are not there."""
     from effkern.train.loop import train
 
@@ -92,9 +92,10 @@ def prepare(work: Path, threads: int) -> None:
         PackedDataset(work / "data")
     except (FileNotFoundError, ValueError):
         build_dataset(work / "data", ["stdlib"], vocab_size=VOCAB, max_bytes=4 << 20, overwrite=True)
-    base, teacher = configure("base", work, TEACHER_STEPS, threads), PRESETS["demo-teacher"].config
-    run = replace(base.run, out=str(work / "teacher"), compile=False)
-    train(replace(base, model=teacher.model, optimizer=teacher.optimizer, run=run), title="teacher")
+    base, teacher = configure("base", work, TEACHER_STEPS, threads, vocab), PRESETS["demo-teacher"].config
+    model = replace(teacher.model, vocab_size=vocab)
+    run = replace(base.run, out=str(work / f"teacher-{vocab}"), compile=False)
+    train(replace(base, model=model, optimizer=teacher.optimizer, run=run), title="teacher")
 
 
 # In a process of its own ----------------------------------------------------------------------------------------------
@@ -179,7 +180,7 @@ class Worker:
 
     def __init__(self, method: str, side: str, a: argparse.Namespace) -> None:
         command = [sys.executable, "-m", "benchmarks.end_to_end", f"--serve={method} {side}", f"--steps={a.steps}"]
-        command += [f"--work={a.work}", f"--threads={a.threads}"]
+        command += [f"--work={a.work}", f"--threads={a.threads}", f"--vocab={a.vocab}"]
         self.name = f"{method}, {side}"
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -302,11 +303,11 @@ def table(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def result_lines(rows: dict[tuple[str, str], dict[str, Any]], steps: int) -> list[str]:
+def result_lines(rows: dict[tuple[str, str], dict[str, Any]], steps: int, vocab: int) -> list[str]:
     """One JSON object per method and side, and one per method for the plain base beside it."""
     lines = []
     for (method, side), row in rows.items():
-        case = {"method": method, "steps": steps, "model": "demo", "device": "cpu"}
+        case = {"method": method, "steps": steps, "vocab": vocab, "device": "cpu"}
         record = {"benchmark": "end_to_end", "case": case, "variant": side, **row, **runner.machine()}
         lines.append(json.dumps(record))
         if side == "plain" and method != "base" and ("base", "plain") in rows:
@@ -321,6 +322,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--steps", type=int, default=43)
+    parser.add_argument("--vocab", type=int, default=VOCAB, help="rows of the head; the tokenizer has 4096 tokens")
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("runs/end_to_end"), help="corpus and teacher; taken up again")
@@ -331,16 +333,18 @@ def main(arguments: list[str] | None = None) -> int:
     a = parser.parse_args(arguments)
     if a.steps <= AGREED:
         parser.error(f"--steps must be above {AGREED}, got {a.steps}")
+    if a.vocab < VOCAB:
+        parser.error(f"--vocab must be at least {VOCAB}, got {a.vocab}")
     if a.serve:
         method, side = a.serve.split()
-        config = configure(method, a.work, a.steps, a.threads)
+        config = configure(method, a.work, a.steps, a.threads, a.vocab)
         torch.set_num_threads(a.threads)
         serve(Side(config, side == "plain"))
         return 0
-    prepare(a.work, a.threads)
+    prepare(a.work, a.threads, a.vocab)
     tokens = PRESETS["demo"].config.data
     rows = summarise(measure(a), tokens.batch_size * tokens.seq_len)
-    lines = result_lines(rows, a.steps)
+    lines = result_lines(rows, a.steps, a.vocab)
     print("\n".join(lines) if a.json == "-" else f"{json.dumps(runner.machine())}\n{table(rows)}", flush=True)
     if a.json not in ("", "-"):
         path = Path(a.json)

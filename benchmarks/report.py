@@ -238,17 +238,25 @@ def end_to_end_section(page: Page, cases: Mapping[str, Lines]) -> None:
     from benchmarks.end_to_end import table
 
     page.heading("The trainer end to end")
-    rows = {}
-    for text, variants in cases.items():
-        method = json.loads(text)["method"]
-        rows.update({(method, side): line for side, line in variants.items() if side in ("plain", "effkern")})
-    complete = {key: row for key, row in rows.items() if (key[0], "plain") in rows}
     page.say(
         "Each method in this package's trainer and in plain torch with torch.compile, same weights, tokens and rates; "
         "'to base': time to the loss that plain AdamW ends with, over its own time."
     )
-    page.picture("end_to_end", lambda path: plots.end_to_end(complete, path), "speed and loss of each method")
-    page.table(table(complete))
+    by_size: dict[int, dict[tuple[str, str], dict[str, Any]]] = {}
+    for text, variants in cases.items():
+        case = json.loads(text)
+        rows = by_size.setdefault(case.get("vocab", 0), {})
+        rows.update({(case["method"], side): line for side, line in variants.items() if side in ("plain", "effkern")})
+    for size, rows in by_size.items():
+        complete = {key: row for key, row in rows.items() if (key[0], "plain") in rows}
+        if size:
+            page.heading(f"Vocabulary of {size}", 3)
+        page.picture(
+            f"end_to_end_{size}" if size else "end_to_end",
+            lambda path, rows=complete: plots.end_to_end(rows, path),  # type: ignore[misc]
+            "speed and loss of each method",
+        )
+        page.table(table(complete))
 
 
 def scaling_section(page: Page, cases: Mapping[str, Lines]) -> None:

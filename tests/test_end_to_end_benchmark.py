@@ -96,7 +96,7 @@ def test_figures_are_of_the_median_step_and_of_the_time_to_the_base_loss():
     text = bench.table(rows)
     assert "| base | effkern | 20000 | 50 | 50-450 | 0.50 | 0.50 | 3 | 2 | 7.000 | 0.50 |" in text
     assert text.count("\n") == 5
-    lines = [json.loads(line) for line in bench.result_lines(rows, 23)]
+    lines = [json.loads(line) for line in bench.result_lines(rows, 23, 4096)]
     assert [(r["case"]["method"], r["variant"]) for r in lines] == [
         ("base", "plain"), ("base", "effkern"), ("loops", "plain"), ("loops", "plain base"), ("loops", "effkern"),
     ]  # fmt: skip
@@ -104,7 +104,7 @@ def test_figures_are_of_the_median_step_and_of_the_time_to_the_base_loss():
 
 
 def test_a_worker_that_ends_or_is_silent_is_an_error(monkeypatch):
-    a = argparse.Namespace(steps=5, work="nowhere", threads=1)
+    a = argparse.Namespace(steps=5, work="nowhere", threads=1, vocab=4096)
     real = bench.subprocess.Popen
 
     def instead(program: str):
@@ -132,3 +132,6 @@ def test_bad_options_are_refused(capsys):
         bench.main(["--steps", "3"])
     assert stop.value.code == 2
     assert "--steps must be above 3, got 3" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.main(["--vocab", "100"])
+    assert "--vocab must be at least 4096, got 100" in capsys.readouterr().err
