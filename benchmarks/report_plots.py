@@ -323,7 +323,7 @@ def end_to_end(rows: Mapping[tuple[str, str], dict[str, Any]], path: Path) -> bo
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(1, 1.5))
     speed = [rows[m, "plain"]["wall"] / rows[m, "effkern"]["wall"] for m in methods]
     rows_of(left, methods)
-    left.barh(range(len(methods)), speed, color=[OUR_COLOUR if s >= 1 else "#c0392b" for s in speed], height=0.6)
+    left.barh(range(len(methods)), speed, color=OUR_COLOUR, height=0.6)
     for row, s in enumerate(speed):
         left.annotate(f"{s:.2f}", (s, row), xytext=(4, 0), textcoords="offset points", va="center")
     left.axvline(1.0, color="black", linewidth=0.8)
