@@ -77,6 +77,25 @@ def test_no_number_on_a_wrong_result(capsys):
         peers.measure(family_of(Peer("effkern", wrong.build)), {"rows": 4}, "cpu", 1)
 
 
+def test_a_peer_that_breaks_is_left_out_and_this_package_is_not():
+    def broken(x):
+        raise AttributeError("no such option\nmore")
+
+    def late(x):
+        def step():
+            if len(x) > 3:
+                raise MemoryError("too large")
+
+        return Trial(step, lambda: [2 * x])
+
+    members = (Peer("right", doubled), Peer("broken", broken), Peer("late", late))
+    timings, extra, left_out = peers.measure(family_of(*members), {"rows": 4}, "cpu", 1)
+    assert list(timings) == list(extra) == ["right"]
+    assert left_out == {"broken": "failed: AttributeError: no such option", "late": "failed: MemoryError: too large"}
+    with pytest.raises(AttributeError, match="no such option"):
+        peers.measure(family_of(Peer("effkern", broken)), {"rows": 4}, "cpu", 1)
+
+
 def test_a_peer_with_a_definition_of_its_own_must_at_least_move():
     def stepped(by: float) -> Peer:
         return Peer(

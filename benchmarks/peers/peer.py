@@ -148,6 +148,23 @@ def repeated(run: Callable[[], object]) -> tuple[Callable[[], object], int]:
     return many, count
 
 
+def is_ours(peer: Peer) -> bool:
+    return peer.name.startswith("effkern")
+
+
+def tried(peer: Peer, act: Callable[[], str]) -> str:
+    """What `act` says, or why it could not: packages of others may fail with anything, this one may not."""
+    try:
+        return act()
+    except NotImplementedError as error:
+        return str(error)
+    except Exception as error:
+        if is_ours(peer):
+            raise
+        first = (str(error).splitlines() or [""])[0]
+        return f"failed: {type(error).__name__}: {first}"
+
+
 Measured = tuple[dict[str, runner.Timing], dict[str, dict[str, Any]], dict[str, str]]
 """Timings and further fields by peer, and why the others were left out."""
 
@@ -162,25 +179,34 @@ def measure(family: Family, case: dict[str, Any], device: str, rounds: int, only
     extra: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
     chosen = [peer for peer in family.peers if not only or peer.name in only]
+
+    def leave_out(peer: Peer, reason: str) -> None:
+        left_out[peer.name] = reason
+        print(f"left out: {family.name}: {peer.name}: {reason}", file=sys.stderr, flush=True)
+
     for peer in chosen:
-        reason = peer.missing(device)
-        try:
-            reason = reason or wrong(family, peer, case, device)
-        except NotImplementedError as error:
-            reason = str(error)
-        if reason.startswith("wrong") and peer.name.startswith("effkern"):
+        reason = peer.missing(device) or tried(peer, lambda p=peer: wrong(family, p, case, device))  # type: ignore[misc]
+        if reason.startswith("wrong") and is_ours(peer):
             raise SystemExit(f"{family.name}: {peer.name}: {reason}; nothing is timed")
         if reason:
-            left_out[peer.name] = reason
-            print(f"left out: {family.name}: {peer.name}: {reason}", file=sys.stderr, flush=True)
+            leave_out(peer, reason)
     # What was compiled for the small case would make the sizes of this one dynamic.
     torch.compiler.reset()
     common = family.make(case, device) if family.shared else None
     for peer in chosen:
         if peer.name in left_out:
             continue
-        trial = peer.build(common if family.shared else family.make(case, device))
-        runs[peer.name] = repeated(trial.step)
+        made: list[Trial] = []
+
+        def start(peer: Peer = peer, made: list[Trial] = made) -> str:
+            made.append(peer.build(common if family.shared else family.make(case, device)))
+            runs[peer.name] = repeated(made[0].step)
+            return ""
+
+        if reason := tried(peer, start):
+            leave_out(peer, reason)
+            continue
+        trial = made[0]
         extra[peer.name] = {"package": f"{peer.package} {version(peer.package)}"} if peer.package else {}
         if peer.differs:
             extra[peer.name]["differs"] = peer.differs
