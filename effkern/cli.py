@@ -9,13 +9,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-if TYPE_CHECKING:
-    import torch
-
-    from effkern.train.restore import LoadedModel
+from typing import Annotated, Any
 
 # What a wrong input, file or stored run raises; anything else is a defect and shows its traceback.
 _EXPECTED = (ValueError, OSError, ImportError, NotImplementedError)
@@ -30,13 +26,11 @@ def demo(arguments: Sequence[str]) -> int:
 
 def train(arguments: Sequence[str]) -> int:
     """Train one model; a run directory that holds checkpoints is resumed."""
-    import argparse
-
     import tyro
 
+    from effkern.cli_settings import starting_point
     from effkern.train.config import TrainConfig
-    from effkern.train.mapping import overlay, read_toml
-    from effkern.train.presets import PRESETS, get_preset
+    from effkern.train.presets import PRESETS
 
     @dataclass
     class Train:
@@ -47,22 +41,15 @@ def train(arguments: Sequence[str]) -> int:
 
         settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
         preset: str = ""
-        """demo, demo-teacher, small, small-teacher, paper-2.8b or paper-1.5b."""
+        """demo, demo-teacher, demo-composed, small, small-teacher; papers: paper-2.8b, paper-1.5b (SALT), paper-24x1,
+        paper-12x1, paper-12x2, paper-middle-loop (loops), paper-laurel, paper-c4-24, paper-c4-28 (LAuReL)."""
         config: str = ""
         """TOML file: tables model, teacher, data, optimizer, schedule, run; preset = "NAME" may stand at its top."""
         dry_run: bool = False
         """Print sizes, memory and FLOPs, and stop."""
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="")
-    first.add_argument("--config", default="")
-    known, _ = first.parse_known_args(arguments)
-    table = read_toml(known.config) if known.config else {}
-    preset = known.preset or table.pop("preset", "")
-    table.pop("preset", None)
-    chosen = get_preset(preset) if preset else None
-    base = overlay(chosen.config if chosen else TrainConfig(), table, source=known.config or "config")
-    command = tyro.cli(Train, args=list(arguments), default=Train(base, preset, known.config), prog="effkern train")
+    base, preset, file, chosen = starting_point(arguments)
+    command = tyro.cli(Train, args=list(arguments), default=Train(base, preset, file), prog="effkern train")
     config = command.settings
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -100,118 +87,6 @@ def _train(config: Any, command: str) -> int:
         f"{last['loss']:.4f}, accuracy {100 * last['accuracy']:.2f}%, {last['bits_per_byte']:.4f} bits per byte; "
         f"loss op {100 * result.loss_op_share:.0f}% of the step"
     )
-    return 0
-
-
-def _load(checkpoint: Path, device: str) -> "tuple[LoadedModel, torch.device, torch.dtype]":
-    from effkern.train.device import choose_device, choose_precision
-    from effkern.train.restore import load_model
-
-    where = choose_device(device)
-    return load_model(checkpoint, where), where, choose_precision("auto", where)
-
-
-def evaluate(
-    checkpoint: Path,
-    data: Path,
-    split: Literal["val", "train"] = "val",
-    seq_len: int = 0,
-    batch_size: int = 16,
-    max_tokens: int = 0,
-    device: str = "auto",
-    json: bool = False,
-) -> int:
-    """Loss, next-token accuracy and bits per byte of a trained model.
-
-    Args:
-        checkpoint: run directory or step directory.
-        data: packed dataset with the model's tokenizer.
-        split: which part of the dataset.
-        seq_len: 0 takes the length of the model's training.
-        batch_size: sequences of one forward pass.
-        max_tokens: 0 is the whole split.
-        device: auto, cpu or cuda.
-        json: print JSON.
-    """
-    from json import dumps
-
-    from effkern.data import PackedDataset, val_batches
-    from effkern.train.evaluate import evaluate as measure
-
-    loaded, _, dtype = _load(checkpoint, device)
-    dataset = PackedDataset(data)
-    if dataset.manifest.tokenizer.sha256 != loaded.inputs.tokenizer:
-        raise ValueError(f"data must have the tokenizer that {loaded.path} was trained with, got another one in {data}")
-    length = seq_len or loaded.meta["config"]["data"]["seq_len"]
-    batches = val_batches(dataset, length, batch_size, max_tokens or None, split=split)
-    result = measure(loaded.model, batches, dataset.bytes_per_token(split), dtype)
-    if json:
-        print(dumps({"checkpoint": str(loaded.path), "step": loaded.step, "split": split, **result.as_dict()}))
-    else:
-        print(
-            f"{loaded.path} on {result.tokens:,} tokens of {split}: loss {result.loss:.4f} nats per token, accuracy "
-            f"{100 * result.accuracy:.2f}%, {result.bits_per_byte:.4f} bits per byte"
-        )
-    return 0
-
-
-def generate(
-    checkpoint: Path,
-    prompt: str,
-    max_new_tokens: int = 64,
-    temperature: float = 0.8,
-    top_k: int = 0,
-    top_p: float = 0.95,
-    seed: int = 0,
-    tokenizer: Path | None = None,
-    device: str = "auto",
-    loops: int = 0,
-    kv_policy: str = "",
-    exit: str = "",
-) -> int:
-    """Continue a prompt.
-
-    Args:
-        checkpoint: run directory or step directory.
-        prompt: text to continue.
-        max_new_tokens: at most this many; fewer at the end of the document.
-        temperature: 0 takes the most likely token every time.
-        top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: keep the most likely tokens up to this mass.
-        seed: of the draws.
-        tokenizer: tokenizer.json; by default the one in the run directory.
-        device: auto, cpu or cuda.
-        loops: of looped stages; 0 takes the model's.
-        kv_policy: what looped stages keep: full, latest-available, last, cyclic-S, block-R or window-W.
-        exit: leave the loop early: relative-change, cosine, entropy, kl, argmax-stable or gate-cdf, alone or =NUMBER.
-    """
-    import torch
-
-    from effkern.data.tokenizer import load_encoder
-    from effkern.models import generate_with_loops as sample
-
-    loaded, where, _ = _load(checkpoint, device)
-    path = tokenizer or loaded.path.parent.parent / "tokenizer.json"
-    encoder = load_encoder(path)
-    if encoder.sha256 != loaded.inputs.tokenizer:
-        raise ValueError(f"tokenizer must be the one that {loaded.path} was trained with, got another one in {path}")
-    ids = encoder.encode([prompt])[0] or [encoder.eos_id]
-    found = sample(
-        loaded.model,
-        torch.tensor([ids], device=where),
-        max_new_tokens,
-        temperature=temperature,
-        top_k=top_k or None,
-        top_p=top_p,
-        seed=seed,
-        eos=encoder.eos_id,
-        loops=loops or None,
-        kv_policy=kv_policy or None,
-        exit=exit or None,
-    )
-    print(prompt + encoder.tokenizer.decode(found.tokens[0, len(ids) :].tolist()))
-    if exit:
-        print(f"{found.loops.double().mean():.2f} loops a token, with {exit}", file=sys.stderr)
     return 0
 
 
@@ -328,6 +203,20 @@ def data(arguments: Sequence[str]) -> int:
     return tyro.extras.subcommand_cli_from_dict(commands, prog="effkern data", args=list(arguments))
 
 
+def ablate(arguments: Sequence[str]) -> int:
+    """Features alone and together, over seeds, at equal tokens."""
+    from effkern.cli_ablate import ablate as run
+
+    return run(arguments)
+
+
+def runs(arguments: Sequence[str]) -> int:
+    """The subcommands of `effkern runs`."""
+    from effkern.cli_runs import runs as run
+
+    return run(arguments)
+
+
 def _tyro(function: Callable[..., int], name: str) -> Callable[[Sequence[str]], int]:
     def run(arguments: Sequence[str]) -> int:
         import tyro
@@ -337,12 +226,24 @@ def _tyro(function: Callable[..., int], name: str) -> Callable[[Sequence[str]], 
     return run
 
 
+def _from(module: str, function: str, name: str) -> Callable[[Sequence[str]], int]:
+    """A command whose module is imported when it runs."""
+
+    def run(arguments: Sequence[str]) -> int:
+        return _tyro(getattr(import_module(module), function), name)(arguments)
+
+    return run
+
+
 _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "demo": ("train a teacher and two students on real text, write a report (minutes)", demo),
     "train": ("train one model: --preset NAME, --config FILE.toml, --dry-run", train),
     "finetune": ("train LoRA adapters on a checkpoint (LoRA-RITE, AdamW ...), merge and export", finetune),
-    "eval": ("loss, accuracy and bits per byte of a checkpoint", _tyro(evaluate, "eval")),
-    "generate": ("continue a prompt with a checkpoint", _tyro(generate, "generate")),
+    "eval": ("loss, perplexity and accuracy of a checkpoint; --tasks", _from("effkern.cli_model", "evaluate", "eval")),
+    "generate": ("continue a prompt with a checkpoint", _from("effkern.cli_model", "generate", "generate")),
+    "export": ("write a checkpoint for Hugging Face transformers", _from("effkern.cli_model", "export", "export")),
+    "ablate": ("train a grid of features over seeds at equal tokens; one table, one plot", ablate),
+    "runs": ("list, show, compare and plot the runs below a folder", runs),
     "data": ("build: pack text; stats: what a dataset holds; soft-labels: write a teacher's labels for it", data),
     "doctor": ("what was built, and what each op uses here: --json", _tyro(doctor, "doctor")),
     "bench": ("benchmark suite of a source checkout; distill --explain: the cost model, anywhere", bench),

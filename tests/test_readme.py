@@ -40,7 +40,7 @@ def test_options_of_the_commands_exist(command, capsys):
     from effkern import cli
 
     words = [word for word in command[1:] if not word.startswith("-")]
-    depth = 2 if words[0] == "data" else 1
+    depth = 2 if words[0] in ("data", "runs") else 1
     with pytest.raises(SystemExit) as stop:
         raise SystemExit(cli.main([*command[1 : 1 + depth], "--help"]))
     assert not stop.value.code

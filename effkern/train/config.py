@@ -196,6 +196,8 @@ class RunConfig:
     max_nonfinite: int = 5
     """Stop after this many steps in a row with a loss or gradient that is not finite."""
     tensorboard: bool = True
+    wandb: str = ""
+    """Project of Weights & Biases that gets the log, too (the extra wandb)."""
     plot: bool = True
     """Write curves.png at the end."""
     restart: bool = False
@@ -273,6 +275,7 @@ _FREE_RUN_FIELDS = (
     "checkpoint_every",
     "keep_last",
     "tensorboard",
+    "wandb",
     "plot",
     "restart",
 )

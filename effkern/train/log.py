@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,21 @@ def truncate_log(path: Path, step: int) -> None:
 
 
 class RunLog:
-    """Appends records of kind `train` or `eval` to log.jsonl; floats are written exactly."""
+    """Appends records of kind `train` or `eval` to log.jsonl; floats are written exactly.
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
+    TensorBoard, the project `wandb` (with the run's `settings`) and `watch` get every record, too.
+    """
+
+    def __init__(
+        self, folder: Path, step: int, tensorboard: bool, *, wandb: str = "", settings: dict[str, Any] | None = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self.watch: Callable[[str, int, dict[str, Any]], None] | None = None
+        self._wandb: Any = None
+        if wandb:
+            from effkern.train.wandb_log import WandbLog
+
+            self._wandb = WandbLog(wandb, folder, resumed=step > 0, settings=settings or {})
         self.path = folder / "log.jsonl"
         truncate_log(self.path, step)
         self._file = open(self.path, "a")  # noqa: SIM115
@@ -50,8 +62,14 @@ class RunLog:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
                     self._writer.add_scalar(f"{kind}/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.write(kind, step, values)
+        if self.watch is not None:
+            self.watch(kind, step, values)
 
     def close(self) -> None:
+        if self._wandb is not None:
+            self._wandb.close()
         self._file.close()
         if self._writer is not None:
             self._writer.close()

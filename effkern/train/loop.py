@@ -16,17 +16,19 @@ from effkern.models.layers import generator_for
 from effkern.train.cached_teacher import CachedTeacher
 from effkern.train.checkpoint import CheckpointError, load_newest, save_checkpoint, set_aside
 from effkern.train.config import TrainConfig
+from effkern.train.dashboard import dashboard_for
 from effkern.train.device import choose_device, choose_precision, set_threads
 from effkern.train.evaluate import EvalResult, evaluate
 from effkern.train.lock import RunLock
 from effkern.train.log import RunLog, read_log
 from effkern.train.optimizer import build_optimizer, parameter_report
-from effkern.train.progress import Reporter, reporter_for
+from effkern.train.progress import Reporter
 from effkern.train.restore import Inputs, RunState, Stored, check_same_run, load_teacher, restore, snapshot
 from effkern.train.schedules import learning_rate, omega_at, teacher_steps
 from effkern.train.signals import StopRequest
 from effkern.train.step import StepResult, to_device, train_step
 from effkern.train.timing import StepTimer
+from effkern.train.wandb_log import require_wandb
 
 
 class TrainingDiverged(RuntimeError):
@@ -63,7 +65,7 @@ class Trainer:
     adapters = False
     """The model is a checkpoint with adapters."""
     outputs: tuple[str, ...] = (
-        "checkpoints", "tensorboard", "log.jsonl", "curves.png", "tokenizer.json", "result.json",
+        "checkpoints", "tensorboard", "log.jsonl", "curves.png", "tokenizer.json", "result.json", "wandb.json", "wandb",
     )  # fmt: skip
     """Where a run directory keeps what it writes; `restart` removes exactly these."""
 
@@ -72,6 +74,8 @@ class Trainer:
             raise ValueError(f"lora.rank must be 0 to train a whole model (effkern finetune), got {config.lora.rank}")
         self.config, self.title, self.quiet = config, title, quiet
         self.out = Path(config.run.out)
+        if config.run.wandb:
+            require_wandb(config.run.wandb)
         set_threads(config.run)
         self.device = choose_device(config.run.device)
         self.dtype = choose_precision(config.run.precision, self.device)
@@ -109,8 +113,10 @@ class Trainer:
         """Train from the newest checkpoint, or from step 0, to the last step, a signal, or an error."""
         with RunLock(self.out), StopRequest() as stop:
             self._begin()
-            log = RunLog(self.out, self.state.step if self.state.step else -1, self.config.run.tensorboard)
-            report = reporter_for(self.title, self.config.schedule.steps, self.state.step, quiet=self.quiet)
+            first, steps, run = self.state.step, self.config.schedule.steps, self.config.run
+            log = RunLog(self.out, first or -1, run.tensorboard, wandb=run.wandb, settings=asdict(self.config))
+            report = dashboard_for(self.title, steps, first, self.stage_one, quiet=self.quiet)
+            log.watch = report.record
             for text in self._notes:
                 report.note(text)
             try:

@@ -1,12 +1,13 @@
 """PNG curves. matplotlib is imported when a plot is made."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from effkern.train.compare import gaps
 
 # One colour a run, distinguishable without colour vision; the teacher is grey.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#777777")
 COLOURS = {"baseline": "#0072B2", "salt": "#D55E00", "teacher": "#777777"}
 
 
@@ -109,3 +110,68 @@ def _tidy(axes: Any) -> None:
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, lw=0.5)
+
+
+def plot_curves(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    path: Path,
+    xlabel: str,
+    ylabel: str,
+    colours: Mapping[str, int] | None = None,
+) -> None:
+    """One line a name; those with the same number in `colours` share a colour, and the first of them the label.
+
+    Raises:
+        ValueError: the ending of `path` is no picture's.
+    """
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"plot: the file must end in .png, .svg or .pdf, got {path}")
+    figure, axes = _figure(1)
+    axis = axes[0][0]
+    labelled: set[int] = set()
+    for number, (name, (xs, ys)) in enumerate(curves.items()):
+        group = number if colours is None else colours[name]
+        label = None if group in labelled else name
+        labelled.add(group)
+        axis.plot(xs, ys, "o-", ms=3, lw=1, color=PALETTE[group % len(PALETTE)], label=label)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    # The first validation is near ln V and would flatten the rest.
+    later = [y for _, ys in curves.values() for y in ys[1:]]
+    if later and max(later) > min(later):
+        margin = 0.05 * (max(later) - min(later))
+        axis.set_ylim(min(later) - margin, max(later) + margin)
+    axis.legend(frameon=False)
+    _tidy(axes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def plot_ablation(
+    arms: Mapping[str, dict[str, Any]], curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]], path: Path
+) -> None:
+    """Validation curves, one thin line a seed, and each arm's final loss minus the first arm's with its error."""
+    figure, axes = _figure(2)
+    left, right = axes[0]
+    colour = {name: PALETTE[number % len(PALETTE)] for number, name in enumerate(arms)}
+    later = []
+    for name, seeds in curves.items():
+        for number, points in enumerate(seeds):
+            label = None if number else name
+            xs, ys = [tokens / 1e6 for tokens, _ in points], [loss for _, loss in points]
+            left.plot(xs, ys, lw=0.9, color=colour[name], label=label)
+            later += ys[1:]
+    left.set(xlabel="million tokens", ylabel="validation loss, nats per token")
+    if later and max(later) > min(later):
+        margin = 0.05 * (max(later) - min(later))
+        left.set_ylim(min(later) - margin, max(later) + margin)
+    left.legend(frameon=False)
+    others = list(arms)[1:]
+    for place, name in enumerate(others):
+        value = arms[name]["difference"]
+        right.errorbar(value["mean"], place, xerr=value["error"], fmt="o", color=colour[name], capsize=3)
+    right.axvline(0, color="#bbbbbb", lw=0.8)
+    right.set_yticks(range(len(others)), others)
+    right.set_ylim(len(others) - 0.5, -0.5)
+    right.set_xlabel(f"final loss minus {next(iter(arms))}'s, nats (< 0: better)")
+    _tidy(axes)
+    figure.savefig(path)

@@ -5,8 +5,17 @@ Each student preset names the preset of its teacher, which is trained first and 
 
 from dataclasses import dataclass, replace
 
-from effkern.models import DecoderConfig
-from effkern.train.config import DataConfig, OptimizerConfig, RunConfig, ScheduleConfig, TeacherConfig, TrainConfig
+from effkern.models import DecoderConfig, LaurelConfig, LoopConfig
+from effkern.train.config import (
+    DataConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    ShampooConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from effkern.train.presets_papers import laurel, looped
 
 
 @dataclass(frozen=True)
@@ -142,7 +151,34 @@ def _paper() -> dict[str, Preset]:
     }
 
 
-PRESETS: dict[str, Preset] = {**_demo(), **_small(), **_paper()}
+def _composed() -> dict[str, Preset]:
+    """The demo's student with everything at once, on a third of its tokens."""
+    student = _demo()["demo"].config
+    composed = replace(
+        student,
+        model=replace(
+            student.model,
+            residual="laurel",
+            laurel=LaurelConfig(variant="rw+lr", rank=16),
+            stack="looped",
+            loop=LoopConfig(stages="1x1,1x2,1x1"),
+        ),
+        optimizer=replace(student.optimizer, name="shampoo", shampoo=ShampooConfig(precondition_frequency=10)),
+        schedule=replace(student.schedule, steps=150, kd_steps=45),
+        run=replace(student.run, out="runs/demo/composed"),
+    )
+    about = "the demo's student with LAuReL, a loop, one-sided Shampoo and SALT: a minute or two"
+    return {"demo-composed": Preset(composed, about, teacher="demo-teacher")}
+
+
+def _others() -> dict[str, Preset]:
+    return {
+        name: Preset(config, about, unconfirmed=unconfirmed)
+        for name, (config, about, unconfirmed) in (looped() | laurel()).items()
+    }
+
+
+PRESETS: dict[str, Preset] = {**_demo(), **_composed(), **_small(), **_paper(), **_others()}
 
 
 def get_preset(name: str) -> Preset:

@@ -1,7 +1,7 @@
 """What the user sees while a run goes on: a live bar on a terminal, plain lines elsewhere."""
 
 import time
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,10 +14,28 @@ class Reporter(Protocol):
 
     def note(self, text: str) -> None: ...
 
+    def record(self, kind: str, step: int, values: dict[str, Any]) -> None: ...
+
     def close(self) -> None: ...
 
 
-class BarReporter:
+class SilentReporter:
+    """Shows nothing (tests, libraries)."""
+
+    def update(self, step: int, text: str) -> None:
+        """Shows nothing."""
+
+    def note(self, text: str) -> None:
+        """Shows nothing."""
+
+    def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """What the log of a run gets; shows nothing of it."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class BarReporter(SilentReporter):
     """A rich progress bar with tokens/s, loss and the time left."""
 
     def __init__(self, title: str, total: int, step: int, console: Console) -> None:
@@ -42,7 +60,7 @@ class BarReporter:
         self._progress.stop()
 
 
-class LineReporter:
+class LineReporter(SilentReporter):
     """A line every `interval` seconds with the same facts, for logs and pipes."""
 
     def __init__(self, title: str, total: int, step: int, interval: float = 10.0) -> None:
@@ -59,22 +77,6 @@ class LineReporter:
 
     def note(self, text: str) -> None:
         print(text, flush=True)
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-class SilentReporter:
-    """Shows nothing (tests, libraries)."""
-
-    def update(self, step: int, text: str) -> None:
-        """Shows nothing."""
-
-    def note(self, text: str) -> None:
-        """Shows nothing."""
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 def reporter_for(title: str, total: int, step: int, *, quiet: bool = False) -> Reporter:

@@ -1,5 +1,6 @@
 """Run a function in several gloo processes, with a time limit: a hang is a failed test, not a hung one."""
 
+import faulthandler
 import os
 import tempfile
 import time
@@ -19,6 +20,8 @@ SECONDS = 200
 
 
 def _process(rank: int, world: int, folder: str, function: Callable[[int, int], Any]) -> None:
+    # A process that dies of a signal says where it was.
+    faulthandler.enable()
     torch.set_num_threads(1)
     # A file is the meeting point: no port that another test could have.
     dist.init_process_group(
