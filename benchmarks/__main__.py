@@ -7,6 +7,9 @@ report      that file as one page with pictures
 baseline    ratios to the floors against those that are committed
 scaling     cost against size, and calls of more than 2^31 elements
 ceilings    what this machine copies and multiplies at best
+peers       every op beside other packages, in one run
+end_to_end  the trainer, method by method, beside plain torch
+records     committed results of other commands as result lines
 
 OP          one op's benchmark with its own options; --explain says what a case needs and what the op chooses
             without one: all of them, with their defaults
@@ -22,7 +25,8 @@ OPS = sorted(path.stem for path in (Path(__file__).parent / "ops").glob("*.py") 
 
 COMMANDS = {
     "run": "suite", "check": "targets", "compare": "compare", "report": "report", "baseline": "baseline",
-    "scaling": "scaling", "ceilings": "ceilings",
+    "scaling": "scaling", "ceilings": "ceilings", "peers": "peers.__main__", "end_to_end": "end_to_end",
+    "records": "records",
 }  # fmt: skip
 
 

@@ -1,22 +1,30 @@
-"""Everything a machine with a GPU must show: python -m benchmarks.gpu_session [--parts PART ...]
+"""Everything a machine with a GPU must show: python -m benchmarks.gpu_session [--parts PART ...] [--tune]
 
-Builds the compiled modules in place, runs the op tests on the device, then the benchmarks, and writes
-benchmarks/results/<date>-<device>-<parts>.jsonl (one measurement per line) and .md (what ran, what failed, the tables).
-A step that fails or overruns is recorded and the next one starts; exit status 1 if any did. Each part ends within
-9 minutes, for machines that are lent for ten at a time; "build" comes first.
+Builds the compiled modules in place, runs the tests that are marked gpu and the op tests on the device, then the
+benchmarks on the shapes of the targets, and writes benchmarks/results/<date>-<device>-<parts>.json (what ran, what it
+took, what failed, all measurements), .jsonl (the measurements alone, for `check` and `report`) and .md (the tables).
+Files are written anew after every step, and the output of the step that runs lies in <stem>.running, so that a killed
+session leaves what it has. A step that fails or overruns is recorded and the next one starts; exit status 1 if any did.
+
+Each part ends within 9 minutes, for machines that are lent for ten at a time; "build" comes first, and parts and steps
+stand in the order of their importance. --budget cuts the whole session: steps get what is left of it. --wheels: a
+folder of pure wheels of other packages (liger-kernel ...), unpacked and put on the path. --tune adds a part that times
+other launch parameters and writes proposals; nothing is edited.
 """
 
 import argparse
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+import zipfile
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-
-import torch
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
@@ -61,14 +69,22 @@ class Step:
     lines: bool = False
 
 
-PARTS = ("build", "ops", "laurel", "looped", "optim", "speed")
+PARTS = ("build", "marked", "ops", "laurel", "looped", "optim", "speed", "peers")
+TUNE = "tune"
 
 
-def steps(part: str, build_dir: str) -> list[Step]:
-    """What `part` runs; its limits add up to less than 9 minutes."""
-    pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+def steps(part: str, build_dir: str, proposals: str = "launches.json") -> list[Step]:
+    """What `part` runs; its limits add up to at most 9 minutes."""
+    plain = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m"]
+    pytest = [*plain, "not slow"]
     if part == "build":
         return build_steps(build_dir)
+    if part == "marked":
+        return [Step("every test marked gpu", [*plain, "gpu", "tests"], 500)]
+    if part == "peers":
+        return peer_steps()
+    if part == TUNE:
+        return [Step("tune", [PYTHON, "-m", "benchmarks.tune", "--seconds=480", f"--json={proposals}"], 520)]
     if part == "ops":
         apart = [f"--ignore={path}" for path in (LAUREL_TESTS, *LOOPED_TESTS, *OPTIM_TESTS)]
         return [Step("tests of the ops on the device", [*pytest, "tests/ops", *apart], 500)]
@@ -101,13 +117,33 @@ def optim_steps(pytest: list[str]) -> list[Step]:
     return [*found, Step("batched_eigh", command, 30, lines=True), Step("shampoo roots", roots, 30, lines=True)]
 
 
+def peer_steps() -> list[Step]:
+    """Other packages on the same shapes, as far as they are installed."""
+    sizes = "--set rows=8192 dim={0} vocab=128256 dtype=bfloat16"
+    loss = sizes + " teacher_dim={0} divergence=forward_kl"
+    given = (
+        ("distillation", loss.format(4096), 110),
+        ("cross_entropy", sizes.format(4096), 80),
+        ("distillation", loss.format(2048), 80),
+        ("add_norm", "--full --set rows=16384", 50),
+        ("lora_optimizers", "--set pairs=500 rows=4096", 70),
+        ("matrix_optimizers", "--set width=1024 layers=4", 100),
+    )
+    command = [PYTHON, "-m", "benchmarks.peers", "--device=cuda", "--rounds=5", "--json"]
+    return [
+        Step(f"peers {op} {options}", [*command, "--op", op, *options.split()], seconds, lines=True)
+        for op, options, seconds in given
+    ]
+
+
 def speed_steps() -> list[Step]:
-    found = []
+    ceilings = [PYTHON, "-m", "benchmarks", "ceilings", "--device=cuda", "--json"]
+    found = [Step("ceilings", ceilings, 20, lines=True)]
     for case, divergence, rows, dim, teacher_dim, vocab in LOSSES:
         options = f"--case={case} --divergence={divergence} --rows={rows} --dim={dim} --teacher-dim={teacher_dim}"
         command = [PYTHON, "-m", "benchmarks.ops.distill", *options.split(), f"--vocab={vocab}", "--dtype=bfloat16"]
         name = f"distill {case} {divergence} {rows} x {dim} x {vocab}"
-        found.append(Step(name, [*command, "--rounds=5", "--json"], 45, lines=True))
+        found.append(Step(name, [*command, "--rounds=5", "--json"], 42, lines=True))
     command = [PYTHON, "-m", "benchmarks.ops.token_stats", "--dtype=bfloat16", "--dim=256", "--json"]
     found.append(Step("token_stats", command, 30, lines=True))
     for options in LAUREL:
@@ -122,60 +158,169 @@ def speed_steps() -> list[Step]:
     return found
 
 
-def run(step: Step) -> tuple[bool, str, float]:
-    """Whether the step succeeded, what it printed, and how long it took."""
+@dataclass
+class Outcome:
+    """What became of a step."""
+
+    name: str
+    ok: bool
+    seconds: float
+    out: str
+    lines: bool = False
+
+    @property
+    def measurements(self) -> list[str]:
+        return [line for line in self.out.splitlines() if line.startswith('{"')] if self.lines else []
+
+
+def run(step: Step, seconds: float, running: Path, path: str = "") -> Outcome:
+    """The step within `seconds`; its output goes through the file `running`, which outlives a killed session.
+
+    Its processes are one group, which ends with it.
+    """
     start = time.monotonic()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), path))),
+        "PYTHONUNBUFFERED": "1",
+    }
+    with running.open("w") as out:
+        process = subprocess.Popen(
+            step.command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        stopped = ""
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            stopped = f"\nstopped after {seconds:.0f} s"
+        finally:
+            # Also where a signal ends the session: no process of a step goes on without it.
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    text = running.read_text(errors="replace") + stopped
+    return Outcome(step.name, process.returncode == 0, time.monotonic() - start, text, step.lines)
+
+
+def unpack(wheels: Path, target: Path) -> list[str]:
+    """Names of the pure wheels of a folder, unpacked into `target`; compiled ones fit one machine and stay."""
+    found = []
+    for wheel in sorted(wheels.glob("*-none-any.whl")) if wheels.is_dir() else ():
+        target.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(target)
+        found.append(wheel.name)
+    return found
+
+
+def with_copy_share(lines: list[str]) -> list[str]:
+    """Adds `of_copy`, the share of the copy bandwidth, to lines that say GB/s and no share, once it is measured."""
+    records = [json.loads(line) for line in lines]
+    copies = [
+        r["bytes"] / r["wall_low"] / 1e9 for r in records if (r["benchmark"], r["variant"]) == ("ceilings", "copy")
+    ]
+    if not copies:
+        return lines
+    for r in records:
+        if "gb_per_s" in r and r["benchmark"] != "ceilings" and r["case"].get("device") == "cuda":
+            r.setdefault("of_copy", r["gb_per_s"] / max(copies))
+    return [json.dumps(r) for r in records]
+
+
+class Session:
+    """The files of one session."""
+
+    def __init__(self, folder: Path, device: str, parts: list[str], versions: dict[str, Any]) -> None:
+        """`parts`: those that the name says, none where it is all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.stem = folder / "-".join([date.today().isoformat(), re.sub("[^A-Za-z0-9]+", "-", device), *parts])
+        self.head: dict[str, Any] = {"device": device, "date": date.today().isoformat(), **versions}
+        self.outcomes: list[Outcome] = []
+
+    def file(self, suffix: str) -> Path:
+        return self.stem.with_name(self.stem.name + suffix)
+
+    def add(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+        self.write()
+
+    def write(self) -> None:
+        lines = with_copy_share([line for o in self.outcomes for line in o.measurements])
+        steps = [{k: v for k, v in asdict(o).items() if k not in ("out", "lines")} for o in self.outcomes]
+        whole = {**self.head, "steps": steps, "measurements": [json.loads(line) for line in lines]}
+        report = [f"# {self.head['device']}, {self.head['date']}", ""]
+        report += [", ".join(f"{name} {value}" for name, value in self.head.items()), ""]
+        for o in self.outcomes:
+            tail = "\n".join(o.out.splitlines()[-25:])
+            report += [f"## {o.name}: {'ok' if o.ok else 'failed'}, {o.seconds:.0f} s", "", "```", tail, "```", ""]
+        for suffix, text in (
+            (".json", json.dumps(whole, indent=1) + "\n"),
+            (".jsonl", "".join(f"{line}\n" for line in lines)),
+            (".md", "\n".join(report)),
+        ):
+            temporary = self.file(f"{suffix}.tmp")
+            temporary.write_text(text)
+            temporary.replace(self.file(suffix))
+
+
+def stop(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt(f"signal {signum}")
+
+
+def perform(session: Session, chosen: list[Step], budget: float | None, path: str) -> int:
+    """Runs the steps; what failed and what no time was left for is named. Exit status."""
+    deadline = None if budget is None else time.monotonic() + budget
+    failed: list[str] = []
+    running = session.file(".running")
     try:
-        done = subprocess.run(
-            step.command, cwd=ROOT, env=environment, timeout=step.seconds, check=False, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        out = error.stdout.decode() if isinstance(error.stdout, bytes) else (error.stdout or "")
-        return False, out + f"\nstopped after {step.seconds} s", time.monotonic() - start
-    return done.returncode == 0, done.stdout, time.monotonic() - start
+        for step in chosen:
+            left = step.seconds if deadline is None else min(step.seconds, deadline - time.monotonic())
+            if left < 1:
+                session.add(Outcome(step.name, False, 0.0, "left out: no time was left"))
+            else:
+                session.add(run(step, left, running, path))
+            last = session.outcomes[-1]
+            print(f"{'ok    ' if last.ok else 'FAILED'} {last.seconds:6.1f} s  {step.name}", flush=True)
+            if not last.ok:
+                failed.append(step.name)
+                print(last.out[-4000:], flush=True)
+    except KeyboardInterrupt:
+        text = running.read_text(errors="replace") if running.exists() else ""
+        session.add(Outcome(f"{step.name} (interrupted)", False, 0.0, text, step.lines))
+        failed.append(step.name)
+    running.unlink(missing_ok=True)
+    count = sum(len(o.measurements) for o in session.outcomes)
+    print(f"{count} measurements in {session.file('.json')}; failed: {', '.join(failed) or 'none'}")
+    return 1 if failed else 0
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--build-dir", default="build/gpu")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    a = parser.parse_args()
+    parser.add_argument("--parts", nargs="+", choices=(*PARTS, TUNE), default=list(PARTS))
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="of the whole session; default: of each step")
+    parser.add_argument("--wheels", type=Path, default=ROOT / "wheels", metavar="FOLDER")
+    parser.add_argument("--tune", action="store_true", help="also propose launch parameters")
+    a = parser.parse_args(arguments)
+    if a.budget is not None and a.budget <= 0:
+        parser.error(f"--budget must be positive, got {a.budget:g}")
+    # What is tested of a session needs no torch.
+    import torch
+
     if not torch.cuda.is_available():
         print("gpu_session: this machine must have a CUDA device; torch sees none", file=sys.stderr)
         return 2
-    device = torch.cuda.get_device_name()
-    names = [date.today().isoformat(), re.sub("[^A-Za-z0-9]+", "-", device)]
-    if len(a.parts) < len(PARTS):
-        names += a.parts
-    stem = "-".join(names)
-    measurements: list[str] = []
-    report = [
-        f"# {device}, {date.today().isoformat()}",
-        "",
-        f"torch {torch.__version__}, CUDA {torch.version.cuda}",
-        "",
-    ]
-    failed = []
-    for step in (step for part in a.parts for step in steps(part, a.build_dir)):
-        ok, out, seconds = run(step)
-        print(f"{'ok    ' if ok else 'FAILED'} {seconds:6.1f} s  {step.name}", flush=True)
-        if not ok:
-            failed.append(step.name)
-            print(out[-4000:], flush=True)
-        if step.lines:
-            measurements += [line for line in out.splitlines() if line.startswith("{")]
-        tail = "\n".join(out.splitlines()[-25:])
-        report += [f"## {step.name}: {'ok' if ok else 'failed'}, {seconds:.0f} s", "", "```", tail, "```", ""]
-    a.out.mkdir(parents=True, exist_ok=True)
-    for suffix, text in ((".jsonl", "\n".join(measurements) + "\n"), (".md", "\n".join(report))):
-        temporary = a.out / f"{stem}{suffix}.tmp"
-        temporary.write_text(text)
-        temporary.replace(a.out / f"{stem}{suffix}")
-    print(f"{len(measurements)} measurements; failed: {', '.join(failed) or 'none'}")
-    return 1 if failed else 0
+    parts = [*a.parts, *([TUNE] if a.tune and TUNE not in a.parts else [])]
+    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0]}
+    session = Session(a.out, torch.cuda.get_device_name(), [] if parts == list(PARTS) else parts, versions)
+    unpacked = ROOT / "build" / "peers"
+    wheels = unpack(a.wheels, unpacked)
+    print(f"wheels: {', '.join(wheels) or 'none'}", flush=True)
+    signal.signal(signal.SIGTERM, stop)
+    proposals = str(session.file("-launches.json"))
+    chosen = [step for part in parts for step in steps(part, a.build_dir, proposals)]
+    return perform(session, chosen, a.budget, str(unpacked) if wheels else "")
 
 
 if __name__ == "__main__":

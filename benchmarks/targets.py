@@ -104,11 +104,12 @@ def findings(targets: Iterable[Target], cases: Cases) -> Iterator[Finding]:
         measured = False
         for text, variants in cases.get(target.benchmark, {}).items():
             case = json.loads(text)
-            if not target.fits(case) or not {*target.variant, *target.over} <= variants.keys():
+            names = {*target.variant, *target.over}
+            if not target.fits(case) or any(target.metric not in variants.get(name, {}) for name in names):
                 continue
 
             def total(names: tuple[str, ...], variants: dict = variants, metric: str = target.metric) -> float:
-                return sum(variants[name].get(metric, float("nan")) for name in names)
+                return sum(variants[name][metric] for name in names)
 
             measured = True
             yield Finding(target, case, total(target.variant) / (total(target.over) if target.over else 1.0))
@@ -129,18 +130,25 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="*", type=Path, default=[LATEST], metavar="FILE")
+    parser.add_argument(
+        "files", nargs="*", type=Path, metavar="FILE", help=f"default: {LATEST.name} and benchmarks/records.py"
+    )
     a = parser.parse_args(arguments)
     try:
-        lines = [line for path in a.files for line in path.read_text().splitlines()]
+        lines = [line for path in a.files or [LATEST] for line in path.read_text().splitlines()]
     except OSError as error:
         print(f"benchmarks check: cannot read {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
+    if not a.files:
+        from benchmarks import records
+
+        lines = [*records.lines(), *lines]
     found = list(findings(read(), read_lines(lines)))
     print(markdown(found))
     missed = [f for f in found if f.verdict == "MISSED"]
     unknown = sum(f.figure is None for f in found)
     print(f"\n{len(found) - len(missed) - unknown} met, {len(missed)} missed, {unknown} not measured")
-    for f in missed:
-        print(f"missed: {f.target.name}: {f.target.why}")
+    for name, why in dict.fromkeys((f.target.name, f.target.why) for f in missed):
+        verdicts = [f.verdict for f in found if f.target.name == name]
+        print(f"missed in {verdicts.count('MISSED')} of {len(verdicts)}: {name}: {why}")
     return 1 if missed else 0

@@ -43,7 +43,10 @@ def test_bounds_from_below_and_numbers_that_are_none():
     assert figures(target(variant=("a",), over=("ours",), at_most=None, at_least=0.4)) == {
         1: (pytest.approx(1 / 3), "MISSED"), 8: (0.4, "met"),
     }  # fmt: skip
-    assert [verdict for _, verdict in figures(target(metric="peak_mib")).values()] == ["MISSED", "MISSED"]
+    # A run without its memory is no measurement of it; a number that is none is one, and a bad one.
+    assert figures(target(metric="peak_mib")) == {None: (None, "not measured")}
+    broken = targets.read_lines([line("ours", float("nan"), rows=1), line("a", 1.0, rows=1), line("b", 1.0, rows=1)])
+    assert [f.verdict for f in targets.findings([target()], broken)] == ["MISSED"]
     assert figures(target(over=(), at_most=4.0)) == {1: (3.0, "met"), 8: (5.0, "MISSED"), 9: (1.0, "met")}
     with pytest.raises(ValueError, match="'t' must have one of at_most and at_least"):
         target(at_least=1.0)
@@ -71,7 +74,10 @@ def test_every_target_names_a_benchmark_that_exists():
 def test_check_says_what_is_missed(tmp_path, monkeypatch, capsys):
     path = tmp_path / "lines.jsonl"
     path.write_text("\n".join(LINES))
-    for rows, status, said in (([1], 1, "0 met, 1 missed, 0 not measured\nmissed: t: w"), ([8], 0, "1 met, 0 missed")):
+    for rows, status, said in (
+        ([1], 1, "0 met, 1 missed, 0 not measured\nmissed in 1 of 1: t: w"),
+        ([8], 0, "1 met, 0 missed"),
+    ):
         monkeypatch.setattr(targets, "read", lambda rows=rows: [target(case={"rows": rows})])
         assert command.main(["check", str(path)]) == status
         assert said in capsys.readouterr().out

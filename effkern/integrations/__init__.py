@@ -1,1 +1,1 @@
-"""Adapters for other libraries, imported only when asked for: `transformers`."""
+"""Adapters for other libraries, imported only when asked for: `transformers`, `trl`."""

@@ -11,7 +11,12 @@ _HOMES = {
     "OneSidedShampoo": "effkern.optim.shampoo",
     "ScaledAdam": "effkern.optim.lora",
     "Shampoo": "effkern.optim.shampoo",
+    "Together": "effkern.optim.together",
+    "create": "effkern.optim.factory",
+    "describe": "effkern.optim.grouping",
     "find_pairs": "effkern.optim.lora",
+    "parameter_groups": "effkern.optim.grouping",
+    "roles": "effkern.optim.grouping",
 }
 
 __all__ = [
@@ -22,7 +27,12 @@ __all__ = [
     "OneSidedShampoo",
     "ScaledAdam",
     "Shampoo",
+    "Together",
+    "create",
+    "describe",
     "find_pairs",
+    "parameter_groups",
+    "roles",
 ]
 
 

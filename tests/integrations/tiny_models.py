@@ -78,3 +78,29 @@ def step(model, ids: torch.Tensor, weight: torch.Tensor | None = None) -> tuple[
 
 def double(model):
     return copy.deepcopy(model).double()
+
+
+# The classes that patch knows beside those above, with what is not LlamaConfig's in theirs.
+OTHERS = ("Gemma3n", "Phi", "Cohere", "Granite", "GPT2", "GPTNeoX")
+_NAMES = {"GPT2": "GPT2LMHeadModel"}
+
+
+def causal(family: str, **changes):
+    """A causal language model of any family that patch knows, in evaluation mode, nothing of its own left neutral."""
+    if family in FAMILIES:
+        return decoder(family, **{**({"final_logit_softcapping": 3.0} if family == "Gemma2" else {}), **changes})
+    if family == "Gemma3n":
+        return gemma3n(**{"final_logit_softcapping": 3.0, **changes})
+    sizes = {k: v for k, v in SIZES.items() if k not in ("head_dim", "rms_norm_eps")}
+    own = {
+        "Cohere": {"logit_scale": 0.3},
+        "Granite": {"logits_scaling": 2.5},
+        "GPT2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "n_inner": 48},
+    }.get(family, {})
+    config = getattr(transformers, f"{family}Config")(**{**sizes, **own, **changes})
+    # Not dropped out, so that two passes may be compared.
+    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "attention_dropout"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    model = getattr(transformers, _NAMES.get(family, f"{family}ForCausalLM"))(config)
+    return shaken(model.eval(), "norm", "ln_", "lm_head.bias")

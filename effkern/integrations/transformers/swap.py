@@ -4,6 +4,7 @@ Unlike a forward set on the instance, the subclass goes through everything that 
 layers: gradient checkpointing, recording of hidden states, `isinstance`, copies.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -12,13 +13,33 @@ from torch import nn
 
 _ORIGINAL = "_effkern_original"
 _FORWARD = "_effkern_forward"
+# An attribute of a forward: names of keyword arguments that it takes beside those of the class's own forward.
+EXTRA_ARGUMENTS = "_effkern_extra_arguments"
+
+
+def _like(original: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` with the signature of the class's own and its extra arguments: trainers pick columns by signatures."""
+    extra = getattr(forward, EXTRA_ARGUMENTS, None)
+    if extra is None:
+        return forward
+
+    def like(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    own = inspect.signature(original.forward)
+    *known, rest = own.parameters.values()
+    assert rest.kind is inspect.Parameter.VAR_KEYWORD
+    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in extra]
+    like.__signature__ = own.replace(parameters=[*known, *added, rest])  # type: ignore[attr-defined]
+    like.__doc__, like.__name__ = original.forward.__doc__, "forward"
+    return like
 
 
 @cache
 def _subclass(original: Any, forward: Callable[..., Any]) -> type:
     # The name stays: lists such as `_no_split_modules` know layers by it.
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    own = {"forward": forward, _FORWARD: forward, _ORIGINAL: original, "__reduce_ex__": _reduce}
+    own = {"forward": _like(original, forward), _FORWARD: forward, _ORIGINAL: original, "__reduce_ex__": _reduce}
     return type(original.__name__, (original,), {**names, **own})
 
 

@@ -8,6 +8,10 @@ from effkern.ops.distill.rows import DIVERGENCES, SPARSE_KINDS, RowOptions, Rows
 
 _NAMES = list(DIVERGENCES)
 
+# oneDNN's AMX products read rows of bfloat16 in steps of so many entries, and multiply what lies behind them by 0: NaN
+# stays NaN. Behind a gradient there are halves of float32 logits, any bits.
+_STEP = 32
+
 
 def cpp_rows(rows: Rows, grad_dtype: torch.dtype | None, options: RowOptions) -> Tensor | None:
     """See `reference.reference_rows`. A bfloat16 gradient fills the first half of each row of `logits_RV`."""
@@ -22,5 +26,7 @@ def cpp_rows(rows: Rows, grad_dtype: torch.dtype | None, options: RowOptions) ->
     if grad_dtype is None:
         return None
     if grad_dtype == torch.bfloat16:
-        return logits_RV.view(torch.bfloat16)[:, : logits_RV.shape[1]]
+        halves, vocab = logits_RV.view(torch.bfloat16), logits_RV.shape[1]
+        halves[:, vocab : vocab + -vocab % _STEP] = 0
+        return halves[:, :vocab]
     return logits_RV

@@ -143,6 +143,8 @@ class Shampoo(torch.optim.Optimizer):
         self.root_group, self._impl = getattr(self, "root_group", None), getattr(self, "_impl", "auto")
         self._reset()
         super().__setstate__(state)
+        # torch puts it there, for optimizers that have such an option; a state saved before would lack it.
+        self.defaults.pop("differentiable", None)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Like torch's; the group may have any option of the constructor but root_group and impl.

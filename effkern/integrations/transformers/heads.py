@@ -1,0 +1,140 @@
+"""The causal language models that patch knows: where their backbone is, and what becomes of the hidden states."""
+
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from effkern.integrations.transformers.swap import is_patched, is_swapped, path_of
+
+
+class Family(NamedTuple):
+    """How a class <name>ForCausalLM goes from its hidden states to its loss, beside what its config says."""
+
+    backbone: str = "model"
+    """The attribute that holds everything but the output layer."""
+    output: str = "CausalLMOutputWithPast"
+    """The class of forward's result, which the library's module imports."""
+    scale: str | None = None
+    """The number in the config that multiplies the logits."""
+    divides: bool = False
+    """It divides them instead."""
+
+
+_FAMILIES = {
+    "Llama": Family(),
+    "Mistral": Family(),
+    "Qwen2": Family(),
+    "Qwen3": Family(),
+    "Gemma": Family(),
+    "Gemma2": Family(),
+    "Gemma3": Family(),
+    "Gemma3n": Family(),
+    "Phi": Family(),
+    "Cohere": Family(scale="logit_scale"),
+    "Granite": Family(scale="logits_scaling", divides=True),
+    "GPT2": Family("transformer", "CausalLMOutputWithCrossAttentions"),
+    "GPTNeoX": Family("gpt_neox"),
+}
+# Names of modules and classes that do not follow from the family's.
+_MODULES = {"GPTNeoX": "gpt_neox"}
+_CLASSES = {"GPT2": "GPT2LMHeadModel"}
+
+
+def _path(family: str) -> str:
+    module = _MODULES.get(family, family.lower())
+    return f"transformers.models.{module}.modeling_{module}.{_CLASSES.get(family, f'{family}ForCausalLM')}"
+
+
+NAMES = ", ".join(_FAMILIES)
+FAMILIES = {_path(name): family for name, family in _FAMILIES.items()}
+
+
+class Head(NamedTuple):
+    """What stands between hidden states and loss: z = softcap(logit_scale (h W^T + b)) over the first `vocab` rows."""
+
+    family: Family
+    vocab: int
+    softcap: float | None
+    logit_scale: float
+
+
+def causal_model(op: str, model: nn.Module) -> nn.Module:
+    """The causal language model itself, from under PEFT where it is.
+
+    Raises:
+        ValueError: another architecture, or wrapped.
+    """
+    inner: Any = model
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    if path_of(inner) not in FAMILIES:
+        rule = f"be a causal language model of transformers' {NAMES} (before it is compiled, sharded or wrapped)"
+        raise ValueError(f"{op}: model must {rule}, got {type(inner).__name__}")
+    return inner
+
+
+def head_of(op: str, model: Any) -> Head:
+    """What the config of `model`, a result of causal_model, says about its output layer.
+
+    Raises:
+        ValueError, TypeError: the output layer is no plain matrix (quantized, adapted, replaced), is smaller than the
+            vocabulary, or should be the embedding and is not.
+    """
+    family = FAMILIES[path_of(model)]
+    config = model.config.get_text_config()
+    name, layer = type(model).__name__, model.get_output_embeddings()
+    if path_of(layer) != "torch.nn.modules.linear.Linear":
+        rule = "be a torch.nn.Linear (no quantized or adapted one)"
+        raise TypeError(f"{op}: the output layer of {name} must {rule}, got {path_of(layer)}")
+    weight = layer.weight
+    if not weight.is_floating_point() or type(weight.data) not in (Tensor, _dtensor()):
+        got = f"{type(weight.data).__name__} of {weight.dtype}"
+        raise TypeError(f"{op}: the output layer of {name} must have an unquantized floating weight, got {got}")
+    vocab = int(config.vocab_size)
+    if weight.shape[0] < vocab:
+        got = f"{weight.shape[0]} rows"
+        raise ValueError(f"{op}: the output layer of {name} must cover config.vocab_size={vocab}, got {got}")
+    embedding = model.get_input_embeddings().weight
+    if getattr(config, "tie_word_embeddings", False) and weight is not embedding:
+        rule = "be tied to the embedding, as config.tie_word_embeddings says (tie_weights(), or say False there)"
+        raise ValueError(f"{op}: the output layer of {name} must {rule}, got a weight of its own")
+    factor = 1.0 if family.scale is None else float(getattr(config, family.scale))
+    cap = getattr(config, "final_logit_softcapping", None)
+    return Head(family, vocab, None if cap is None else float(cap), 1.0 / factor if family.divides else factor)
+
+
+def require_own_forward(op: str, model: Any) -> None:
+    """
+    Raises:
+        ValueError: patched before, or something else replaced forward or loss.
+    """
+    name = type(model).__name__
+    if is_swapped(model):
+        raise ValueError(f"{op}: {name} must be unchanged (unpatch first), got one that was patched before")
+    for label, module in ((name, model), (f"the output layer of {name}", model.get_output_embeddings())):
+        if is_patched(module):
+            rule = "have its class's forward (patch before accelerate's prepare and other patches)"
+            raise ValueError(f"{op}: {label} must {rule}, got one of its own")
+    if "_loss_function" in vars(model) or getattr(model, "loss_type", None) not in (None, "ForCausalLM"):
+        got = getattr(vars(model).get("_loss_function"), "__name__", model.loss_type)
+        raise ValueError(f"{op}: the loss of {name} must be transformers' ForCausalLMLoss, got {got}")
+
+
+def output_class(model: nn.Module, family: Family) -> Any:
+    """The class of forward's result; the library is there, as the model is."""
+    return getattr(sys.modules[type(model).__module__], family.output)
+
+
+def capped(logits: Tensor, head: Head) -> Tensor:
+    """Raw products as the library's logits, in its order of operations."""
+    if head.logit_scale != 1.0:
+        logits = logits * head.logit_scale
+    return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
+
+
+def _dtensor() -> Any:
+    """DTensor where torch has it; a class that nothing is of, where it has not."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return getattr(distributed, "DTensor", None)
