@@ -65,8 +65,6 @@ def train(arguments: Sequence[str]) -> int:
     command = tyro.cli(Train, args=list(arguments), default=Train(base, preset, known.config), prog="effkern train")
     config = command.settings
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise NotImplementedError("training in several processes is not there yet; start one process")
     if command.dry_run:
         from effkern.train.device import choose_device, choose_precision
         from effkern.train.estimate import estimate, render
@@ -90,6 +88,8 @@ def _train(config: Any, command: str) -> int:
     from effkern.train.loop import train as run
 
     result = run(config)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return 0 if result.signum is None else 128 + result.signum
     if result.signum is not None:
         print(f"stopped by signal {result.signum} after step {result.state.step}; saved. To go on:\n  {command}")
         return 128 + result.signum
