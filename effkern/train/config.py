@@ -315,13 +315,13 @@ _FREE_RUN_FIELDS = (
 )
 # A run may be resumed with other values of these: they cannot change what is computed.
 # The paths may move; the hashes of what they point to are compared instead.
-_FREE_PATHS = ("data.path", "teacher.checkpoint", "teacher.cache", "lora.checkpoint")
+FREE_PATHS = ("data.path", "teacher.checkpoint", "teacher.cache", "lora.checkpoint")
 # Another number of ranks, or another way to share a run, changes the order of sums and nothing else.
 _FREE_SHARING = ("mode", "replicas", "vocab_parallel", "reshard_after_forward", "timeout_s")
 FREE_ON_RESUME = frozenset(
     (
         *(f"run.{name}" for name in _FREE_RUN_FIELDS),
-        *_FREE_PATHS,
+        *FREE_PATHS,
         *(f"distributed.{name}" for name in _FREE_SHARING),
         "data.workers",
     )

@@ -15,7 +15,7 @@ from effkern.models import Block, Decoder, LoopedStack, count_parameters, parse_
 from effkern.models.layers import generator_for
 from effkern.train.cached_teacher import CachedTeacher
 from effkern.train.checkpoint import Checkpoint, CheckpointError, load_newest, save_checkpoint, set_aside
-from effkern.train.config import TrainConfig
+from effkern.train.config import FREE_PATHS, TrainConfig
 from effkern.train.device import choose_device, choose_precision, set_threads
 from effkern.train.evaluate import EvalResult, evaluate
 from effkern.train.lock import RunLock
@@ -81,7 +81,7 @@ class Trainer:
         self.device = device_of_rank(choose_device(config.run.device), config)
         self.dtype = choose_precision(config.run.precision, self.device)
         self.parallel = join(config, self.device)
-        settings = {f"config {key}": value for key, value in flatten(config).items()}
+        settings = {f"config {key}": value for key, value in flatten(config).items() if key not in FREE_PATHS}
         self.parallel.check_equal({**versions(), "precision": str(self.dtype), **settings})
         self.parallel.together(self._open)
         self.model = self._model()

@@ -3,6 +3,7 @@
 N tokens of a micro-batch on one rank, P ranks, K entries of a cached label
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ def shard(model: Decoder, mesh: Any, config: DistributedConfig, *, head: bool = 
     The root keeps its weights between forward and backward, so that the loss finds the output layer whole; with
     config.vocab_parallel (and `head`) that layer is a DTensor that nobody gathers.
     """
+    # Of blocks that return views, at every call: nothing here writes into what a block returned.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     ignored: set[nn.Parameter] = set()
     if config.vocab_parallel and head:
         assert model.head is not None

@@ -1,6 +1,6 @@
 """What each process does in the tests of the trainer over several processes: short runs in every mode."""
 
-import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,14 @@ from effkern.train.mapping import overlay
 from effkern.train.restore import load_model, weights_digest
 
 TIMES = ("tokens_per_s", "wall_s")
+STOP = 7
+"""Step at which rank 1 of four is asked to stop."""
+
+# How ranks share a run.
+DDP = {"distributed__mode": "ddp"}
+FSDP = {"distributed__mode": "fsdp"}
+HSDP = {"distributed__mode": "hsdp", "distributed__replicas": 2}
+VOCAB = {"distributed__mode": "fsdp", "distributed__vocab_parallel": True}
 
 
 def changed(config: TrainConfig, **changes: Any) -> TrainConfig:
@@ -32,64 +40,72 @@ def curve(out: Path) -> list[dict[str, Any]]:
 
 
 def run(config: TrainConfig, out: Path) -> dict[str, Any]:
-    """Curve, digest of the last checkpoint and step after a run; the same on every rank."""
+    """Curve, digest of the last checkpoint, and validation after a run."""
     result = Trainer(changed(config, run__out=str(out)), quiet=True).run()
-    return {
-        "curve": curve(out),
-        "digest": weights_digest(load_model(out).model),
-        "step": result.state.step,
-        "evals": result.evals,
-    }
-
-
-def until(config: TrainConfig, out: Path, steps: int) -> int:
-    """Run, and ask rank 1 alone for a stop once `steps` steps are done; the step that was saved."""
-    trainer = Trainer(changed(config, run__out=str(out)), quiet=True)
-    real = trainer.parallel.stop
-
-    def stop(signum: int | None) -> int | None:
-        return real(15 if trainer.state.step == steps and dist.get_rank() == 1 else signum)
-
-    trainer.parallel.stop = stop  # type: ignore[method-assign]
-    result = trainer.run()
-    assert result.signum == 15
-    return result.state.step
+    return {"curve": curve(out), "digest": weights_digest(load_model(out).model), "evals": result.evals}
 
 
 def refusal(function: Callable[[], Any]) -> str:
     """What it says when it refuses."""
     try:
         function()
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
 
 
-def sharing(mode: str, world: int) -> dict[str, Any]:
-    """Settings of one mode by name."""
-    return {
-        "ddp": {"distributed__mode": "ddp"},
-        "fsdp": {"distributed__mode": "fsdp"},
-        "hsdp": {"distributed__mode": "hsdp", "distributed__replicas": 2},
-        "vocab": {"distributed__mode": "fsdp", "distributed__vocab_parallel": True},
-    }[mode]
+def stopped(config: TrainConfig, out: Path) -> int | None:
+    """Rank 1 alone is asked to stop after STOP steps; the signal that this rank has heard of."""
+    trainer = Trainer(changed(config, run__out=str(out)), quiet=True)
+    heard = trainer.parallel.stop
+    trainer.parallel.stop = lambda signum: heard(  # type: ignore[method-assign]
+        15 if (dist.get_rank(), trainer.state.step) == (1, STOP) else signum
+    )
+    return trainer.run().signum
 
 
-def work(rank: int, world: int, configs: Path, folder: Path) -> dict[str, Any]:
-    cases: dict[str, tuple[str, TrainConfig]] = pickle.loads((configs / f"{world}.pkl").read_bytes())
-    found: dict[str, Any] = {}
-    for name, (mode, config) in cases.items():
-        found[name] = run(changed(config, **sharing(mode, world)), folder / name.replace(" ", "-"))
-    config = changed(cases["vocab"][1], **sharing("vocab", world))
-    if world == 4:
-        found["stopped at"] = until(config, folder / "stopped", 7)
-        return found
-    other = changed(config, data__seed=1) if rank else config
-    found["another config"] = refusal(lambda: Trainer(changed(other, run__out=str(folder / "no")), quiet=True))
+def refusals(config: TrainConfig, rank: int, out: Path) -> dict[str, str]:
+    """What every rank says where ranks or settings do not fit."""
+
+    def start(settings: TrainConfig) -> str:
+        return refusal(lambda: Trainer(changed(settings, run__out=str(out)), quiet=True).run())
+
+    found = {
+        "config": start(changed(config, data__seed=rank)),
+        "batch": start(changed(config, data__batch_size=5)),
+        "data": start(changed(config, data__path=config.data.path if rank == 0 else str(out / "none"))),
+    }
     version = effkern.__version__
     effkern.__version__ = f"{version}.dev{rank}"
-    found["another version"] = refusal(lambda: Trainer(changed(config, run__out=str(folder / "no")), quiet=True))
+    found["version"] = start(config)
     effkern.__version__ = version
-    odd = changed(config, data__batch_size=5, run__out=str(folder / "no"))
-    found["odd batch"] = refusal(lambda: Trainer(odd, quiet=True))
+    return found
+
+
+def work(rank: int, world: int, plans: dict[int, dict[str, Any]], folder: Path) -> dict[int, Any]:
+    """What `plans` say for four processes and then, in a new group of the first two, for two: starting processes takes
+    longer than all they do."""
+    found: dict[int, Any] = {4: carry_out(plans[4], rank, folder / "4")}
+    dist.barrier()
+    if rank == 0:
+        for name in ("2", "1"):
+            shutil.copytree(folder / "4" / "resharded", folder / name / "resharded")
+    dist.destroy_process_group()
+    pair = rank < 2
+    place = f"file://{folder}/meet-{0 if pair else rank}"
+    dist.init_process_group("gloo", init_method=place, rank=rank if pair else 0, world_size=2 if pair else 1)
+    if pair:
+        found[2] = carry_out(plans[2], rank, folder / "2")
+    return found
+
+
+def carry_out(plan: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
+    """`plan`: {"runs": {name: (config, settings)}, "stop": config, "refuse": config}."""
+    found: dict[str, Any] = {}
+    for name, (config, settings) in plan["runs"].items():
+        found[name] = run(changed(config, **settings), folder / name)
+    if "stop" in plan:
+        found["signum"] = stopped(plan["stop"], folder / "resharded")
+    if "refuse" in plan:
+        found["refusals"] = refusals(plan["refuse"], rank, folder / "refused")
     return found

@@ -1,0 +1,416 @@
+"""What can happen to a run. Each case does it `trials` times and counts what was lost: nothing may be.
+
+A trial is exact if log and weights of the run that was disturbed and resumed are, bit for bit, those of the same run
+left alone.
+"""
+
+import random
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import psutil
+import torch
+
+from effkern.train.checkpoint import CheckpointError, list_checkpoints, read_meta
+from effkern.train.config import TrainConfig
+from effkern.train.loop import Trainer, train
+from effkern.train.soft_labels import LabelOptions, SoftLabelJob
+from tests.faults.runs import Run, changed, outcome, steps_done
+
+RANKS = {"distributed__mode": "ddp"}
+SHARDED = {"distributed__mode": "fsdp"}
+
+
+@dataclass
+class Found:
+    """What a case came to."""
+
+    case: str
+    trials: int = 0
+    exact: int = 0
+    detected: int = 0
+    """Trials in which the fault was reported, where it must be; the message names the file."""
+    steps_repeated: int = 0
+    """Steps that had to be computed again, over all trials: the work lost."""
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Bench:
+    """A place for runs, a source of random moments, and the undisturbed runs to compare with."""
+
+    def __init__(self, folder: Path, config: TrainConfig, seed: int) -> None:
+        self.folder, self.config, self.rng = folder, config, random.Random(seed)
+        self._count = 0
+        self._alone: dict[str, Any] = {}
+
+    def fresh(self, config: TrainConfig) -> TrainConfig:
+        """`config` with a run directory of its own."""
+        self._count += 1
+        return changed(config, run__out=str(self.folder / f"run-{self._count}"))
+
+    def undisturbed(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made once."""
+        if name not in self._alone:
+            self._alone[name] = make()
+        return self._alone[name]
+
+    def alone(self, config: TrainConfig) -> Any:
+        """The outcome of `config` left alone, in this process."""
+
+        def make() -> Any:
+            own = self.fresh(config)
+            train(own, quiet=True)
+            return outcome(Path(own.run.out))
+
+        settings = asdict(config)
+        settings.pop("run")
+        return self.undisturbed(repr(settings), make)
+
+
+def in_processes(bench: Bench, config: TrainConfig) -> Any:
+    """The outcome of a run left alone in processes of its own."""
+
+    def make() -> Any:
+        run = Run(bench.fresh(config))
+        assert run.wait() == [0] * len(run.processes), run.output()
+        return outcome(run.out)
+
+    return bench.undisturbed(config.distributed.mode, make)
+
+
+def kills(bench: Bench, trials: int, mode: dict[str, str], everyone: bool) -> Found:
+    """kill -9 at random moments, start-up included, of one rank or of all; the run is started again until it ends."""
+    config, found = changed(bench.config, **mode), Found("")
+    wanted = in_processes(bench, config)
+    own = bench.fresh(config)
+    while found.trials < trials:
+        before = _newest_step(own)
+        run = Run(own)
+        # Most of a start is imports: some moments are drawn from it, most from the steps behind it.
+        if bench.rng.random() < 0.2:
+            time.sleep(bench.rng.uniform(0, 6))
+        elif run.wait_for(before + 1):
+            time.sleep(bench.rng.uniform(0, 0.6))
+        if run.running:
+            ranks = list(range(len(run.processes)))
+            run.send(signal.SIGKILL, ranks if everyone else [bench.rng.choice(ranks)])
+            codes = run.wait()
+            assert -signal.SIGKILL in codes, (codes, run.output())
+            found.trials += 1
+            found.steps_repeated += max(0, steps_done(run.out) - _newest_step(own))
+        else:
+            assert run.wait() == [0] * len(run.processes), run.output()
+        if steps_done(run.out) == config.schedule.steps or found.trials == trials:
+            last = Run(own)
+            assert last.wait() == [0] * len(last.processes), last.output()
+            assert outcome(last.out) == wanted, "a killed and resumed run differs from the one left alone"
+            found.exact = found.trials
+            own = bench.fresh(config)
+    return found
+
+
+def _newest_step(config: TrainConfig) -> int:
+    stored = list_checkpoints(Path(config.run.out) / "checkpoints")
+    return read_meta(stored[-1])["step"] if stored else 0
+
+
+def kill_one_rank(bench: Bench, trials: int) -> Found:
+    return kills(bench, trials, RANKS, everyone=False)
+
+
+def kill_all_ranks(bench: Bench, trials: int) -> Found:
+    return kills(bench, trials, SHARDED, everyone=True)
+
+
+def sigterm(bench: Bench, trials: int) -> Found:
+    """SIGTERM to one rank: all save at the same step and end with 128 + 15 well within a grace period of 30 s."""
+    config, found = changed(bench.config, **SHARDED), Found("")
+    wanted = in_processes(bench, config)
+    for _ in range(trials):
+        run = Run(bench.fresh(config))
+        assert run.wait_for(bench.rng.randint(2, config.schedule.steps // 2)), run.output()
+        start = time.monotonic()
+        run.send(signal.SIGTERM, [bench.rng.choice([0, 1])])
+        assert run.wait() == [128 + signal.SIGTERM] * 2, run.output()
+        assert time.monotonic() - start < 30
+        done = steps_done(run.out)
+        found.detected += f"stopped by signal 15 after step {done}; saved" in run.output()
+        stored = list_checkpoints(run.out / "checkpoints")[-1]
+        found.steps_repeated += done - read_meta(stored)["step"]
+        again = Run(changed(config, run__out=str(run.out)))
+        assert again.wait() == [0, 0], again.output()
+        found.trials += 1
+        found.exact += outcome(run.out) == wanted
+    return found
+
+
+def disk_full(bench: Bench, trials: int) -> Found:
+    """No file may grow beyond a limit (RLIMIT_FSIZE) from a random checkpoint on: the run ends with an error, keeps what
+    it had, and goes on when there is room."""
+    found, wanted = Found(""), bench.alone(bench.config)
+    for _ in range(trials):
+        config = bench.fresh(bench.config)
+        trainer = Trainer(config, quiet=True)
+        good = bench.rng.randint(1, 4)
+        real = trainer.save
+
+        def save(trainer: Trainer = trainer, good: int = good, real: Callable[[], Path] = real) -> Path:
+            if trainer.state.step // trainer.config.run.checkpoint_every > good:
+                with file_limit(4096):
+                    return real()
+            return real()
+
+        trainer.save = save  # type: ignore[method-assign]
+        try:
+            trainer.run()
+        except CheckpointError as error:
+            newest = list_checkpoints(Path(config.run.out) / "checkpoints")[-1]
+            found.detected += "could not be written" in str(error) and str(newest) in str(error)
+            found.steps_repeated += trainer.state.step - read_meta(newest)["step"]
+        train(config, quiet=True)
+        found.trials += 1
+        found.exact += outcome(Path(config.run.out)) == wanted
+    return found
+
+
+@contextmanager
+def file_limit(size: int) -> Iterator[None]:
+    """Writing beyond `size` bytes of a file fails, as on a full disk."""
+    old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def damage(path: Path, rng: random.Random) -> None:
+    """Cut the file at a random place, or flip one random bit of it."""
+    content = bytearray(path.read_bytes())
+    place = rng.randrange(len(content))
+    if rng.random() < 0.5:
+        content = content[:place]
+    else:
+        content[place] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+
+
+def _stopped(bench: Bench, config: TrainConfig) -> TrainConfig:
+    """A run that was stopped at a random step."""
+    own = bench.fresh(config)
+    trainer, last = Trainer(own, quiet=True), bench.rng.randint(15, config.schedule.steps - 2)
+    trainer.parallel = _StopAt(trainer, last)  # type: ignore[assignment]
+    trainer.run()
+    return own
+
+
+def _StopAt(trainer: Trainer, step: int) -> Any:
+    parallel = type(trainer.parallel)()
+    parallel.stop = lambda signum: signal.SIGTERM if trainer.state.step == step else signum  # type: ignore[method-assign]
+    return parallel
+
+
+def damaged_checkpoint(bench: Bench, trials: int) -> Found:
+    """A file of the newest checkpoint is cut or has a bit flipped: it is named, set aside, the one before is taken."""
+    found, wanted = Found(""), bench.alone(bench.config)
+    for _ in range(trials):
+        config = _stopped(bench, bench.config)
+        out = Path(config.run.out)
+        newest = list_checkpoints(out / "checkpoints")[-1]
+        file = bench.rng.choice(sorted(newest.iterdir()))
+        damage(file, bench.rng)
+        found.steps_repeated += read_meta_step(newest) - _step_of(list_checkpoints(out / "checkpoints")[-2])
+        trainer = Trainer(config, quiet=True)
+        trainer.run()
+        found.detected += any(newest.name in note and file.name in note for note in trainer._notes)
+        assert (out / "checkpoints" / f"damaged-{newest.name}").is_dir()
+        found.trials += 1
+        found.exact += outcome(out) == wanted
+    return found
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+read_meta_step = _step_of
+
+
+def damaged_shard(bench: Bench, trials: int) -> Found:
+    """A shard of the data is damaged between two starts: the run is refused, naming it, and goes on with the right one."""
+    data = bench.folder / "own-data"
+    shutil.copytree(bench.config.data.path, data)
+    config = changed(bench.config, data__path=str(data))
+    wanted = bench.alone(bench.config)
+    return _damaged_inputs(bench, trials, config, sorted(data.glob("*.bin")) or _files(data), wanted)
+
+
+def damaged_cache(bench: Bench, trials: int) -> Found:
+    """The same for a cache of soft labels."""
+    teacher = bench.fresh(changed(bench.config, schedule__steps=10))
+    train(teacher, quiet=True)
+    cache, steps = bench.folder / "labels", bench.config.schedule.steps
+    options = LabelOptions(
+        device="cpu", precision="fp32", batch_windows=64, method="topk", k=4, steps=steps, batch_size=4
+    )
+    SoftLabelJob(teacher.run.out, bench.config.data.path, options).write(cache)
+    config = changed(bench.config, schedule__mode="rkd", schedule__omega=0.5, teacher__cache=str(cache))
+    return _damaged_inputs(bench, trials, config, _files(cache), bench.alone(config))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".") and p.suffix != ".json")
+
+
+def _damaged_inputs(bench: Bench, trials: int, config: TrainConfig, files: list[Path], wanted: Any) -> Found:
+    found = Found("")
+    for _ in range(trials):
+        own = _stopped(bench, config)
+        file = bench.rng.choice(files)
+        content = file.read_bytes()
+        damage(file, bench.rng)
+        before = list_checkpoints(Path(own.run.out) / "checkpoints")
+        try:
+            train(own, quiet=True)
+        except ValueError as error:
+            found.detected += str(file) in str(error)
+        assert list_checkpoints(Path(own.run.out) / "checkpoints") == before
+        file.write_bytes(content)
+        train(own, quiet=True)
+        found.trials += 1
+        found.exact += outcome(Path(own.run.out)) == wanted
+    return found
+
+
+def nan_gradient(bench: Bench, trials: int) -> Found:
+    """One number of one gradient is NaN at a random step: no weight is touched, and the run, stopped and resumed, is the
+    one that was not stopped."""
+    found = Found("")
+    for _ in range(trials):
+        at = bench.rng.randrange(2, bench.config.schedule.steps - 5)
+        outcomes = []
+        for stop in (False, True):
+            config = bench.fresh(bench.config)
+            skipped = 0
+            for last in (bench.rng.randint(at + 1, at + 3), None) if stop else (None,):
+                trainer = Trainer(config, quiet=True)
+                if last is not None:
+                    trainer.parallel = _StopAt(trainer, last)
+                with nan_at(trainer, at):
+                    skipped = trainer.run().state.skipped
+            outcomes.append(outcome(Path(config.run.out)))
+        found.detected += skipped == 1
+        found.trials += 1
+        found.exact += outcomes[0] == outcomes[1]
+    return found
+
+
+@contextmanager
+def nan_at(trainer: Trainer, step: int) -> Iterator[None]:
+    """The last entry of the embedding's gradient is NaN in `step`; its weights must come out of it as they were."""
+    real, weight = trainer.step, trainer.model.embedding.weight
+
+    def poison(grad: torch.Tensor) -> torch.Tensor:
+        return grad.clone().index_put_((torch.tensor(-1), torch.tensor(-1)), torch.tensor(torch.nan))
+
+    def poisoned(number: int) -> Any:
+        if number != step:
+            return real(number)
+        handle, before = weight.register_hook(poison), [p.detach().clone() for p in trainer.model.parameters()]
+        found = real(number)
+        handle.remove()
+        assert not found[0].applied
+        assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
+        return found
+
+    with mock.patch.object(trainer, "step", poisoned):
+        yield
+
+
+def data_worker(bench: Bench, trials: int) -> Found:
+    """kill -9 of a process that reads batches ahead: another one is started from the step that is missing."""
+    found, wanted = Found(""), bench.alone(bench.config)
+    for _ in range(trials):
+        config = bench.fresh(changed(bench.config, data__workers=1))
+        trainer, at = Trainer(config, quiet=True), bench.rng.randrange(2, bench.config.schedule.steps - 5)
+        notes: list[str] = []
+        real = trainer.step
+
+        def step(
+            number: int, trainer: Trainer = trainer, at: int = at, real: Any = real, notes: list[str] = notes
+        ) -> Any:
+            trainer.feed.note = notes.append
+            if number == at:
+                for child in psutil.Process().children():
+                    if "spawn_main" in " ".join(child.cmdline()):
+                        child.kill()
+            return real(number)
+
+        with mock.patch.object(trainer, "step", step):
+            trainer.run()
+        found.detected += any("data workers started again" in note for note in notes)
+        found.trials += 1
+        found.exact += outcome(Path(config.run.out)) == wanted
+    return found
+
+
+def clock_jumps(bench: Bench, trials: int) -> Found:
+    """The system's clock jumps by up to ten years, back and forth, at every reading of it, through a stop and a resume."""
+    found, wanted = Found(""), bench.alone(bench.config)
+    real, real_ns = time.time, time.time_ns
+
+    def jump() -> int:
+        return bench.rng.randint(-(10**9), 3 * 10**8)
+
+    for _ in range(trials):
+        with (
+            mock.patch("time.time", lambda: real() + jump()),
+            mock.patch("time.time_ns", lambda: real_ns() + 10**9 * jump()),
+        ):
+            config = _stopped(bench, bench.config)
+            result = train(config, quiet=True)
+        walls = [r["wall_s"] for r in _train_records(Path(config.run.out))]
+        found.trials += 1
+        found.detected += walls == sorted(walls) and walls[0] >= 0 and result.state.wall_s < 3600
+        found.exact += outcome(Path(config.run.out)) == wanted
+    return found
+
+
+def _train_records(out: Path) -> list[dict[str, Any]]:
+    from effkern.train.log import read_log
+
+    return [record for record in read_log(out / "log.jsonl") if record["kind"] == "train"]
+
+
+CASES: dict[str, Callable[[Bench, int], Found]] = {
+    "kill -9 of one rank": kill_one_rank,
+    "kill -9 of all ranks": kill_all_ranks,
+    "SIGTERM to one rank": sigterm,
+    "disk full": disk_full,
+    "checkpoint damaged": damaged_checkpoint,
+    "data shard damaged": damaged_shard,
+    "label cache damaged": damaged_cache,
+    "NaN in a gradient": nan_gradient,
+    "data worker killed": data_worker,
+    "clock jumps": clock_jumps,
+}
+
+
+def run_case(name: str, bench: Bench, trials: int) -> Found:
+    """One case by its name in CASES."""
+    start = time.monotonic()
+    found = CASES[name](bench, trials)
+    found.case, found.seconds = name, round(time.monotonic() - start, 1)
+    return found

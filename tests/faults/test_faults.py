@@ -1,0 +1,48 @@
+"""Every fault in a small form; `python -m tests.faults --trials 20` is the whole table (docs/reliability.md)."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+NEEDED = ("numpy", "tokenizers", "safetensors", "rich", "psutil")
+if not all(find_spec(name) for name in NEEDED):
+    pytest.skip(f"needs {NEEDED}", allow_module_level=True)
+pytest.importorskip("resource")
+
+from tests.faults.cases import CASES, Bench, run_case
+from tests.faults.runs import small_config
+
+# Cases in which nothing is to be reported: the run that is started again goes on.
+SILENT = ("kill -9 of one rank", "kill -9 of all ranks")
+IN_PROCESSES = (*SILENT, "SIGTERM to one rank")
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> Bench:
+    folder = tmp_path_factory.mktemp("faults")
+    return Bench(folder, small_config(folder, 60), seed=1)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in IN_PROCESSES])
+def test_nothing_is_lost(bench, name):
+    found = run_case(name, bench, 2 if name != "data worker killed" else 1)
+    assert found.exact == found.trials > 0
+    assert found.detected == found.trials
+
+
+@pytest.mark.parametrize("name", IN_PROCESSES)
+def test_nothing_is_lost_by_signals(bench, name):
+    found = run_case(name, bench, 1)
+    assert found.exact == found.trials == 1
+    assert name in SILENT or found.detected == 1
+
+
+def test_the_recorded_table_is_whole():
+    files = sorted((Path(__file__).parent / "results").glob("*.json"))
+    assert files
+    cases = {row["case"]: row for row in json.loads(files[-1].read_text())["cases"]}
+    assert cases.keys() == CASES.keys()
+    assert all(row["exact"] == row["trials"] >= 20 for row in cases.values())
+    assert all(row["detected"] == row["trials"] for row in cases.values() if row["case"] not in SILENT)
