@@ -145,6 +145,8 @@ class Trainer:
                 log.close()
                 report.close()
             result = self._finish(self.signum)
+        # What holds the group goes before the group does.
+        self.forward = self.model
         self.parallel.close()
         return result
 

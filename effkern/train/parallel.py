@@ -235,6 +235,8 @@ class Ranks(Alone):
 
     def close(self) -> None:
         if self._joined and dist.is_initialized():
+            # Nobody hangs up while another is still talking.
+            dist.barrier()
             dist.destroy_process_group()
 
     def check_equal(self, facts: dict[str, Any]) -> None:
