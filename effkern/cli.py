@@ -315,6 +315,13 @@ def finetune(arguments: Sequence[str]) -> int:
     return _tyro(run, "finetune")(arguments)
 
 
+def estimate(arguments: Sequence[str]) -> int:
+    """A step on several GPUs, before it runs."""
+    from effkern.cli_estimate import estimate as run
+
+    return _tyro(run, "estimate")(arguments)
+
+
 def data(arguments: Sequence[str]) -> int:
     """The subcommands of `effkern data`."""
     import tyro
@@ -340,6 +347,7 @@ def _tyro(function: Callable[..., int], name: str) -> Callable[[Sequence[str]], 
 _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "demo": ("train a teacher and two students on real text, write a report (minutes)", demo),
     "train": ("train one model: --preset NAME, --config FILE.toml, --dry-run", train),
+    "estimate": ("memory, communication and time of a step on --gpus N: --preset NAME, --config FILE.toml", estimate),
     "finetune": ("train LoRA adapters on a checkpoint (LoRA-RITE, AdamW ...), merge and export", finetune),
     "eval": ("loss, accuracy and bits per byte of a checkpoint", _tyro(evaluate, "eval")),
     "generate": ("continue a prompt with a checkpoint", _tyro(generate, "generate")),
@@ -390,6 +398,10 @@ def _is_expected(error: Exception) -> bool:
     if isinstance(error, _EXPECTED):
         return True
     # Their modules are loaded only by the commands that can raise them.
-    homes = {"CheckpointError": "effkern.train.checkpoint", "TrainingDiverged": "effkern.train.loop"}
+    homes = {
+        "CheckpointError": "effkern.train.checkpoint",
+        "RankError": "effkern.train.parallel",
+        "TrainingDiverged": "effkern.train.loop",
+    }
     kinds = [getattr(sys.modules[home], kind) for kind, home in homes.items() if home in sys.modules]
     return isinstance(error, tuple(kinds))

@@ -155,6 +155,8 @@ class Trainer:
         checkpoints = self.out / "checkpoints"
         found = None if self.config.run.restart else self._newest(checkpoints)
         self.parallel.together(lambda: self._open_teacher(found))
+        if self.teacher is not None:
+            self.parallel.shard_teacher(self.teacher)
         if found is not None:
             stored = found.data["inputs"]
             self.inputs = replace(self.inputs, teacher=stored["teacher"], labels=stored.get("labels", ""))

@@ -147,7 +147,7 @@ class Ranks(Alone):
         from torch.nn.parallel import DistributedDataParallel
 
         # Parameters are a function of (config, seed), and a resumed run has read them: there is nothing to send.
-        return DistributedDataParallel(model, init_sync=False)
+        return DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True)
 
     def shard_teacher(self, teacher: Decoder) -> None:
         if self.sharded:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 NEEDED = ("numpy", "tokenizers", "safetensors", "rich")
 if not all(find_spec(name) for name in NEEDED):
@@ -23,7 +24,9 @@ from effkern.models import LaurelConfig
 from effkern.models.loop_config import LoopConfig
 from effkern.train.checkpoint import load_newest
 from effkern.train.config import ScheduleConfig, TeacherConfig, TrainConfig
+from effkern.train.estimate_ranks import Cluster, estimate_ranks
 from effkern.train.loop import Trainer
+from effkern.train.restore import load_model
 from effkern.train.soft_labels import LabelOptions, SoftLabelJob
 from tests.distributed import train_worker as worker
 from tests.distributed.spawn import spawn
@@ -52,6 +55,14 @@ def everything(config: TrainConfig) -> TrainConfig:
         loop=LoopConfig(stages="1x1,1x3,1x1"), tie_head=False, vocab_multiple=64,
     )  # fmt: skip
     return replace(config, model=model, optimizer=replace(config.optimizer, name="shampoo"))
+
+
+# Sizes that four ranks divide, so that nothing is padded, and two micro-batches.
+SIZED: dict[str, dict[str, Any]] = {"sizes of fsdp": FSDP, "sizes of vocab": VOCAB}
+
+
+def sized(config: TrainConfig, mode: dict[str, Any]) -> TrainConfig:
+    return changed(config, model__tie_head=False, model__vocab_multiple=64, data__micro_batch_size=1, **mode)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +95,8 @@ def runs(salt: TrainConfig, cached: TrainConfig, tmp_path_factory) -> Runs:
     }  # fmt: skip
     alone = {name: worker.run(config, folder / "alone" / name) for name, config in single.items()}
     stop = changed(full, **VOCAB)
-    four = {"runs": {"everything-hsdp": (full, HSDP), "cached-vocab": (full_cached, VOCAB)}, "stop": stop}
+    four = {"runs": {"everything-hsdp": (full, HSDP), "cached-vocab": (full_cached, VOCAB)},
+            "measure": {name: sized(salt, mode) for name, mode in SIZED.items()}, "stop": stop}
     two = {
         "runs": {
             "salt-ddp": (salt, DDP),
@@ -161,6 +173,29 @@ def test_all_ranks_refuse_together(runs):
         assert found["batch"] == "ValueError: data.batch_size must be a multiple of the 2 processes, got 5"
         told = "FileNotFoundError: load_manifest: path must hold" if rank else "RankError: rank 1 stopped: FileNotFound"
         assert found["data"].startswith(told)
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_what_is_sent_and_held_is_what_the_estimate_says(runs, salt, teacher, name):
+    config = sized(salt, SIZED[name])
+    guide = load_model(teacher).model.config
+    numbers = estimate_ranks(config, torch.float32, Cluster.of(4), guide)
+    sent = numbers.sent
+    for found in (rank[name] for rank in runs.ranks[4]):
+        assert found["weights"] == numbers.memory["weights"]
+        assert found["optimizer"] == numbers.memory["optimizer"]
+        gathered = sent["gather of weights"] + sent["gather of the teacher"]
+        if name == "sizes of fsdp":
+            assert found["gather"] == gathered
+            assert found["scatter"] == sent["scatter of gradients"]
+            assert found["all-reduce"] == 0
+        else:
+            # What of hidden states is not gathered is scattered: the gradient of the student's.
+            back = sent["hidden states"] * 4 * 16 / (4 * (16 + 16 + 8) + 8)
+            assert found["gather"] == pytest.approx(gathered + sent["hidden states"] - back)
+            assert found["scatter"] == pytest.approx(sent["scatter of gradients"] + back)
+            # 68 bytes a token at temperature 1.
+            assert found["all-reduce"] == pytest.approx(sent["statistics of the loss"] * 68 / 72)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import effkern
 from effkern.train.config import TrainConfig
@@ -82,6 +83,44 @@ def refusals(config: TrainConfig, rank: int, out: Path) -> dict[str, str]:
     return found
 
 
+class Sent(TorchDispatchMode):
+    """Bytes that a rank sends in rings, by kind of collective; all-reduces of a few numbers are left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[str, float] = {"gather": 0.0, "scatter": 0.0, "all-reduce": 0.0}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, share = str(func), (dist.get_world_size() - 1) / dist.get_world_size()
+        if func.namespace == "c10d" and "allgather" in name:
+            self.bytes["gather"] += share * size_of(args[0])
+        elif func.namespace == "c10d" and "reduce_scatter" in name:
+            self.bytes["scatter"] += share * size_of(args[1])
+        elif func.namespace == "c10d" and "allreduce" in name and size_of(args[0]) > 64:
+            self.bytes["all-reduce"] += 2 * share * size_of(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def size_of(tensors: Any) -> int:
+    """Bytes of a tensor, or of lists of them."""
+    if isinstance(tensors, (list, tuple)):
+        return sum(map(size_of, tensors))
+    return tensors.numel() * tensors.element_size()
+
+
+def measured(config: TrainConfig, out: Path) -> dict[str, Any]:
+    """What the second step of a run sends, and the bytes of weights and state that this rank holds after it."""
+    trainer = Trainer(changed(config, run__out=str(out)), quiet=True)
+    out.mkdir(parents=True, exist_ok=True)
+    trainer._begin()
+    trainer.step(0)
+    with Sent() as sent:
+        trainer.step(1)
+    weights = [p.to_local() for p in trainer.model.parameters()]
+    state = [t for of in trainer.optimizer.state.values() for name, t in of.items() if name != "step"]
+    return {**sent.bytes, "weights": size_of(weights), "optimizer": size_of([t.to_local() for t in state])}
+
+
 def work(rank: int, world: int, plans: dict[int, dict[str, Any]], folder: Path) -> dict[int, Any]:
     """What `plans` say for four processes and then, in a new group of the first two, for two: starting processes takes
     longer than all they do."""
@@ -100,10 +139,12 @@ def work(rank: int, world: int, plans: dict[int, dict[str, Any]], folder: Path) 
 
 
 def carry_out(plan: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
-    """`plan`: {"runs": {name: (config, settings)}, "stop": config, "refuse": config}."""
+    """`plan`: {"runs": {name: (config, settings)}, "measure": {name: config}, "stop": config, "refuse": config}."""
     found: dict[str, Any] = {}
     for name, (config, settings) in plan["runs"].items():
         found[name] = run(changed(config, **settings), folder / name)
+    for name, config in plan.get("measure", {}).items():
+        found[name] = measured(config, folder / name)
     if "stop" in plan:
         found["signum"] = stopped(plan["stop"], folder / "resharded")
     if "refuse" in plan:

@@ -25,8 +25,9 @@ from effkern.train.loop import Trainer, train
 from effkern.train.soft_labels import LabelOptions, SoftLabelJob
 from tests.faults.runs import Run, changed, outcome, steps_done
 
-RANKS = {"distributed__mode": "ddp"}
-SHARDED = {"distributed__mode": "fsdp"}
+# A rank whose peer dies before they have met waits for it this long; torchrun would end it at once.
+RANKS = {"distributed__mode": "ddp", "distributed__timeout_s": 30}
+SHARDED = {"distributed__mode": "fsdp", "distributed__timeout_s": 30}
 
 
 @dataclass
@@ -89,7 +90,7 @@ def in_processes(bench: Bench, config: TrainConfig) -> Any:
     return bench.undisturbed(config.distributed.mode, make)
 
 
-def kills(bench: Bench, trials: int, mode: dict[str, str], everyone: bool) -> Found:
+def kills(bench: Bench, trials: int, mode: dict[str, Any], everyone: bool) -> Found:
     """kill -9 at random moments, start-up included, of one rank or of all; the run is started again until it ends."""
     config, found = changed(bench.config, **mode), Found("")
     wanted = in_processes(bench, config)
