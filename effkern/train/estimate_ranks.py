@@ -1,4 +1,4 @@
-"""`effkern estimate`: memory, communication and time of a step on N GPUs, by the model that is printed with the numbers.
+"""`effkern estimate`: memory, communication and time of a step on N GPUs, by a model that is printed along.
 
 P ranks, S of them share one copy of the model, R = P / S copies; W weights, U those of the root (embedding, output
 layer, last norm), H those of the output layer, d hidden size, n tokens of a micro-batch on one rank, m micro-batches
@@ -17,18 +17,19 @@ from effkern.train.schedules import teacher_steps
 FORMULAS = (
     "memory: weights, gradients 4 B and optimizer state, over S; Shampoo's factors and roots whole on every rank;",
     "  gathered (S > 1): root and two blocks at 4 B, and the unreduced gradient of root and one block; without",
-    "  reshard_after_forward all of them; bf16 copies 2 B a weight; activations of one micro-batch; the loss op's chunk;",
-    "  teacher 4 B a weight over S, and its root whole",
-    "bytes that a rank sends in a step, rings: gather or scatter of M bytes over S ranks M (S-1)/S, all-reduce twice that",
-    "  ddp: all-reduce of 4 W. fsdp: scatter of 4 W; a gather of 4 (W - U) forward and, with reshard_after_forward,",
-    "  backward, and of 4 U, in each of m micro-batches. hsdp: the same over S, and an all-reduce of 4 W / S over R.",
-    "  vocab_parallel: H is neither gathered nor scattered; per micro-batch gathers of n P hidden states, of student and",
-    "  teacher, and labels, a scatter of as many gradients, and an all-reduce of 72 B a token of n P (60 B without a",
-    "  teacher). teacher: a gather of 4 B a weight per micro-batch, but for its root. Shampoo: a gather of its roots; over",
-    "  slices also of gradient, momentum and Gram products, at most 12 B a weight of its matrices",
-    "time: FLOPs of a rank over 0.75 of the data sheet's rate; optimizer: 28 B a weight of the rank over 0.9 of the memory",
-    "  bandwidth; communication at 0.8 of the link, or of the network where a ring leaves its node. A step takes between",
-    "  max(FLOPs, communication) + optimizer (all of it hidden) and their sum. Shampoo's roots are not in it",
+    "  reshard_after_forward all of them; bf16 copies 2 B a weight; activations of one micro-batch; the loss op's",
+    "  chunk; teacher 4 B a weight over S, and its root whole",
+    "bytes that a rank sends in a step, rings: gather or scatter of M bytes over S ranks M (S-1)/S, all-reduce twice",
+    "  that. ddp: all-reduce of 4 W. fsdp: scatter of 4 W; a gather of 4 (W - U) forward and, with",
+    "  reshard_after_forward, backward, and of 4 U, in each of m micro-batches. hsdp: the same over S, and an",
+    "  all-reduce of 4 W / S over R. vocab_parallel: H is neither gathered nor scattered; per micro-batch gathers of",
+    "  n P hidden states, of student and teacher, and labels, a scatter of as many gradients, and an all-reduce of",
+    "  72 B a token of n P (60 B without a teacher). teacher: a gather of 4 B a weight per micro-batch, but for its",
+    "  root. Shampoo: a gather of its roots; over slices also of gradient, momentum and Gram products, at most 12 B a",
+    "  weight of its matrices",
+    "time: FLOPs of a rank over 0.75 of the data sheet's rate; optimizer: 28 B a weight of the rank over 0.9 of the",
+    "  memory bandwidth; communication at 0.8 of the link, or of the network where a ring leaves its node. A step",
+    "  takes between max(FLOPs, communication) + optimizer (all of it hidden) and their sum, without Shampoo's roots",
 )
 LINK_SHARE = 0.8
 # GB/s and direction of one GPU, data sheets: NVLink, and a network card for each GPU.
@@ -227,7 +228,7 @@ def render_ranks(numbers: RankEstimate, config: TrainConfig, cluster: Cluster, d
         label = f"step {name}".strip()
         times.append(f"{label:22}{low:.4g} to {high:.4g} s, {tokens / high:,.0f} to {tokens / low:,.0f} tokens/s")
     lines = [
-        f"{cluster.gpus} x {cluster.kind.name}, {cluster.per_node} a node; {config.distributed.mode}: {copies} copies of "
+        f"{cluster.gpus} x {cluster.kind.name}, {cluster.per_node} a node; {config.distributed.mode}: {copies} x "
         f"{shards} slices; {dtype}",
         f"memory a GPU          {describe_bytes(numbers.peak)} of {describe_bytes(cluster.kind.memory)}"
         + ("" if fits else ": DOES NOT FIT"),
@@ -236,8 +237,8 @@ def render_ranks(numbers: RankEstimate, config: TrainConfig, cluster: Cluster, d
         *(f"  {name:28}{describe_bytes(size)}" for name, size in numbers.sent.items()),
         f"FLOPs a GPU and step  {numbers.flops:.3e} student, {numbers.teacher_flops:.3e} teacher",
         *times,
-        f"  products {numbers.compute_s:.4g} s, teacher {numbers.teacher_s:.4g} s, optimizer {numbers.optimizer_s:.4g} s, "
-        f"communication {numbers.communication_s:.4g} s",
+        f"  products {numbers.compute_s:.4g} s, teacher {numbers.teacher_s:.4g} s, optimizer "
+        f"{numbers.optimizer_s:.4g} s, communication {numbers.communication_s:.4g} s",
         "model",
         *(f"  {line}" for line in FORMULAS),
     ]

@@ -3,6 +3,7 @@
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,7 +81,7 @@ class Feed:
         self._batches = None
 
 
-def _as_it_is(batch: np.ndarray) -> np.ndarray:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 

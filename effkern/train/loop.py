@@ -18,8 +18,8 @@ from effkern.train.checkpoint import Checkpoint, CheckpointError, load_newest, s
 from effkern.train.config import FREE_PATHS, TrainConfig
 from effkern.train.device import choose_device, choose_precision, set_threads
 from effkern.train.evaluate import EvalResult, evaluate
-from effkern.train.lock import RunLock
 from effkern.train.feed import Feed
+from effkern.train.lock import RunLock
 from effkern.train.log import NoLog, RunLog, read_log
 from effkern.train.mapping import flatten
 from effkern.train.optimizer import build_optimizer, parameter_report
@@ -140,6 +140,11 @@ class Trainer:
             self.feed.note = report.note
             try:
                 self._loop(stop, log, report)
+            except RuntimeError as error:
+                lost = self.parallel.lost(error, f"after step {self.state.step}")
+                if lost is None:
+                    raise
+                raise lost from error
             finally:
                 self.feed.close()
                 log.close()
@@ -201,7 +206,7 @@ class Trainer:
         # With its tokenizer a run directory is all that `effkern generate` needs.
         shutil.copyfile(self.dataset.path / self.dataset.manifest.tokenizer.file, self.out / "tokenizer.json")
 
-    def _loop(self, stop: StopRequest, log: RunLog, report: Reporter) -> None:
+    def _loop(self, stop: StopRequest, log: RunLog | NoLog, report: Reporter) -> None:
         config, state = self.config, self.state
         wall, cpu = time.monotonic() - state.wall_s, time.process_time() - state.cpu_s
         rate_ema = 0.0

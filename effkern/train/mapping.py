@@ -38,7 +38,9 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     try:
         return tomllib.loads("\n".join(settings))
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"--set must be section.field=VALUE with a TOML value, got {list(settings)}: {error}") from error
+        raise ConfigError(
+            f"--set must be section.field=VALUE with a TOML value, got {list(settings)}: {error}"
+        ) from error
 
 
 def _check_type(value: Any, hint: Any, key: str, source: str) -> Any:

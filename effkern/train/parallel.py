@@ -91,6 +91,10 @@ class Alone:
     def check_equal(self, facts: dict[str, Any]) -> None:
         """Raise ValueError on every rank unless all have the same `facts`."""
 
+    def explain(self, error: RuntimeError, where: str) -> RuntimeError:
+        """What to raise for `error`: something else where another process has died."""
+        return error
+
     def close(self) -> None:
         """Leave the group, if it was joined here."""
 
@@ -121,9 +125,7 @@ class Ranks(Alone):
         if size % self.world:
             raise ValueError(f"data.batch_size must be a multiple of the {self.world} processes, got {size}")
         if self.world % self.config.replicas:
-            raise ValueError(
-                f"distributed.replicas must divide the {self.world} processes, got {self.config.replicas}"
-            )
+            raise ValueError(f"distributed.replicas must divide the {self.world} processes, got {self.config.replicas}")
         self.mesh = self._mesh() if self.sharded else None
         if self.config.vocab_parallel:
             from effkern.train.sharding import vocab_parallel_loss
@@ -233,6 +235,15 @@ class Ranks(Alone):
         dist.all_gather_object(every, value)
         return every
 
+    def explain(self, error: RuntimeError, where: str) -> RuntimeError:
+        # gloo has no type of its own for it.
+        if not isinstance(error, dist.DistError) and "onnection" not in str(error):
+            return error
+        first = str(error).splitlines()[0]
+        return RankError(
+            f"another process was lost {where}; start all again to go on from the last checkpoint ({first})"
+        )
+
     def close(self) -> None:
         if self._joined and dist.is_initialized():
             # Nobody hangs up while another is still talking.
@@ -250,7 +261,7 @@ class Ranks(Alone):
 
 
 class RankError(RuntimeError):
-    """Another rank has stopped; its own message says more."""
+    """Another rank has stopped or died; its own message says more."""
 
 
 def _fill(batch: np.ndarray, like: np.ndarray) -> tuple[np.ndarray, int]:

@@ -26,6 +26,7 @@ from effkern.train.checkpoint import (
 from effkern.train.parallel import Alone, RankError
 from effkern.train.shards import Place, read_shards, write_shards
 
+
 def save_sharded(root: Path, checkpoint: Checkpoint, keep_last: int, parallel: Alone) -> Path:
     """save_checkpoint of all ranks together: each writes and hashes its own part, rank 0 publishes.
 
@@ -38,7 +39,9 @@ def save_sharded(root: Path, checkpoint: Checkpoint, keep_last: int, parallel: A
         folder = parallel.on_main(lambda: staging(root, checkpoint.step))
         parallel.together(lambda: write_shards(folder, tensors, no_dist=parallel.world == 1))
         files = sorted(path.name for path in folder.glob("*.safetensors"))
-        own = parallel.together(lambda: {name: file_hash(folder / name) for name in files[parallel.rank :: parallel.world]})
+        own = parallel.together(
+            lambda: {name: file_hash(folder / name) for name in files[parallel.rank :: parallel.world]}
+        )
         hashes = {name: digest for part in parallel.gather(own) for name, digest in part.items()}
         return parallel.on_main(lambda: _finish(root, folder, checkpoint, hashes, keep_last))
     except (OSError, SafetensorError, CheckpointException, RankError, CheckpointError) as error:

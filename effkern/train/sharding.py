@@ -27,9 +27,9 @@ def units(model: Decoder) -> list[nn.Module]:
     residuals share parameters. The embedding, the last norm and the head are the root's."""
     if any(isinstance(m, LaurelResidual) and m.kind.shared for m in model.modules()):
         return [model.stack]
-    looped = [m for m in model.modules() if isinstance(m, LoopedBlock)]
+    looped: list[nn.Module] = [m for m in model.modules() if isinstance(m, LoopedBlock)]
     inside = {id(part) for block in looped for part in block.modules()}
-    return [m for m in model.modules() if id(m) not in inside and isinstance(m, Block)] + looped
+    return [*(m for m in model.modules() if id(m) not in inside and isinstance(m, Block)), *looped]
 
 
 def shard(model: Decoder, mesh: Any, config: DistributedConfig, *, head: bool = True) -> None:

@@ -1,9 +1,9 @@
 """The trainer in two and four processes equals the trainer in one, up to the order of sums in float32.
 
-Every rank computes its rows of the same batches, so nothing differs but where sums over tokens are cut: each partial sum
-is off by some 2^-24 of its size, in gradients and in losses. BOUND, relative, is 250 times that for 12 steps of AdamW
-and Shampoo; measured: up to 2e-6 (the norm of the gradient; the loss: 2e-7). Two ranks even give the very bits of one
-process that accumulates two micro-batches, as (a + b) / 2 is exact.
+Every rank computes its rows of the same batches, so nothing differs but where sums over tokens are cut: each partial
+sum is off by some 2^-24 of its size, in gradients and in losses. BOUND, relative, is 250 times that for 12 steps of
+AdamW and Shampoo; measured: up to 2e-6 (the norm of the gradient; the loss: 2e-7). Two ranks even give the very bits of
+one process that accumulates two micro-batches, as (a + b) / 2 is exact.
 """
 
 from dataclasses import replace
@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+# ruff: noqa: E402
+# On a bare GPU machine, without what the trainer needs, there is nothing to collect.
 NEEDED = ("numpy", "tokenizers", "safetensors", "rich")
 if not all(find_spec(name) for name in NEEDED):
     pytest.skip(f"needs {NEEDED}", allow_module_level=True)
@@ -95,8 +97,11 @@ def runs(salt: TrainConfig, cached: TrainConfig, tmp_path_factory) -> Runs:
     }  # fmt: skip
     alone = {name: worker.run(config, folder / "alone" / name) for name, config in single.items()}
     stop = changed(full, **VOCAB)
-    four = {"runs": {"everything-hsdp": (full, HSDP), "cached-vocab": (full_cached, VOCAB)},
-            "measure": {name: sized(salt, mode) for name, mode in SIZED.items()}, "stop": stop}
+    four = {
+        "runs": {"everything-hsdp": (full, HSDP), "cached-vocab": (full_cached, VOCAB)},
+        "measure": {name: sized(salt, mode) for name, mode in SIZED.items()},
+        "stop": stop,
+    }
     two = {
         "runs": {
             "salt-ddp": (salt, DDP),

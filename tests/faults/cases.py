@@ -4,6 +4,7 @@ A trial is exact if log and weights of the run that was disturbed and resumed ar
 left alone.
 """
 
+import copy
 import random
 import resource
 import shutil
@@ -18,12 +19,14 @@ from unittest import mock
 
 import psutil
 import torch
+import torch.distributed as dist
 
 from effkern.train.checkpoint import CheckpointError, list_checkpoints, read_meta
 from effkern.train.config import TrainConfig
+from effkern.train.log import read_log
 from effkern.train.loop import Trainer, train
 from effkern.train.soft_labels import LabelOptions, SoftLabelJob
-from tests.faults.runs import Run, changed, outcome, steps_done
+from tests.faults.runs import Run, Torchrun, changed, outcome, steps_done
 
 # A rank whose peer dies before they have met waits for it this long; torchrun would end it at once.
 RANKS = {"distributed__mode": "ddp", "distributed__timeout_s": 30}
@@ -99,8 +102,8 @@ def kills(bench: Bench, trials: int, mode: dict[str, Any], everyone: bool) -> Fo
         before = _newest_step(own)
         run = Run(own)
         # Most of a start is imports: some moments are drawn from it, most from the steps behind it.
-        if bench.rng.random() < 0.2:
-            time.sleep(bench.rng.uniform(0, 6))
+        if bench.rng.random() < 0.15:
+            time.sleep(bench.rng.uniform(0, 4))
         elif run.wait_for(before + 1):
             time.sleep(bench.rng.uniform(0, 0.6))
         if run.running:
@@ -134,6 +137,24 @@ def kill_all_ranks(bench: Bench, trials: int) -> Found:
     return kills(bench, trials, SHARDED, everyone=True)
 
 
+def kill_under_torchrun(bench: Bench, trials: int) -> Found:
+    """kill -9 of one rank of torchrun --max-restarts: the ranks are started again, and go on, by themselves."""
+    config, found = changed(bench.config, **SHARDED), Found("")
+    wanted = in_processes(bench, config)
+    for _ in range(trials):
+        run = Torchrun(bench.fresh(config))
+        assert run.wait_for(bench.rng.randint(9, config.schedule.steps // 2)), run.output()
+        before, ranks = steps_done(run.out), run.ranks()
+        assert len(ranks) == 2, run.output()
+        bench.rng.choice(ranks).kill()
+        assert run.wait() == [0], run.output()
+        found.detected += "resumed" in run.output()
+        found.steps_repeated += before % config.run.checkpoint_every
+        found.trials += 1
+        found.exact += outcome(run.out) == wanted
+    return found
+
+
 def sigterm(bench: Bench, trials: int) -> Found:
     """SIGTERM to one rank: all save at the same step and end with 128 + 15 well within a grace period of 30 s."""
     config, found = changed(bench.config, **SHARDED), Found("")
@@ -157,8 +178,8 @@ def sigterm(bench: Bench, trials: int) -> Found:
 
 
 def disk_full(bench: Bench, trials: int) -> Found:
-    """No file may grow beyond a limit (RLIMIT_FSIZE) from a random checkpoint on: the run ends with an error, keeps what
-    it had, and goes on when there is room."""
+    """No file may grow beyond a limit (RLIMIT_FSIZE) from a random checkpoint on: the run ends with an error, keeps
+    what it had, and goes on when there is room."""
     found, wanted = Found(""), bench.alone(bench.config)
     for _ in range(trials):
         config = bench.fresh(bench.config)
@@ -212,13 +233,14 @@ def _stopped(bench: Bench, config: TrainConfig) -> TrainConfig:
     """A run that was stopped at a random step."""
     own = bench.fresh(config)
     trainer, last = Trainer(own, quiet=True), bench.rng.randint(15, config.schedule.steps - 2)
-    trainer.parallel = _StopAt(trainer, last)  # type: ignore[assignment]
+    trainer.parallel = stop_at(trainer, last)
     trainer.run()
     return own
 
 
-def _StopAt(trainer: Trainer, step: int) -> Any:
-    parallel = type(trainer.parallel)()
+def stop_at(trainer: Trainer, step: int) -> Any:
+    """The trainer's ranks, of which one gets SIGTERM after `step` steps."""
+    parallel = copy.copy(trainer.parallel)
     parallel.stop = lambda signum: signal.SIGTERM if trainer.state.step == step else signum  # type: ignore[method-assign]
     return parallel
 
@@ -232,7 +254,7 @@ def damaged_checkpoint(bench: Bench, trials: int) -> Found:
         newest = list_checkpoints(out / "checkpoints")[-1]
         file = bench.rng.choice(sorted(newest.iterdir()))
         damage(file, bench.rng)
-        found.steps_repeated += read_meta_step(newest) - _step_of(list_checkpoints(out / "checkpoints")[-2])
+        found.steps_repeated += _step_of(newest) - _step_of(list_checkpoints(out / "checkpoints")[-2])
         trainer = Trainer(config, quiet=True)
         trainer.run()
         found.detected += any(newest.name in note and file.name in note for note in trainer._notes)
@@ -242,15 +264,23 @@ def damaged_checkpoint(bench: Bench, trials: int) -> Found:
     return found
 
 
+def damaged_shards_of_checkpoint(bench: Bench, trials: int) -> Found:
+    """The same for a checkpoint in shards; one rank, which hashes and reads them as many do."""
+    config = changed(bench.config, **SHARDED)
+    dist.init_process_group("gloo", init_method=f"file://{bench.folder}/meet", rank=0, world_size=1)
+    try:
+        return damaged_checkpoint(Bench(bench.folder / "shards", config, bench.rng.randrange(1000)), trials)
+    finally:
+        dist.destroy_process_group()
+
+
 def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-read_meta_step = _step_of
-
-
 def damaged_shard(bench: Bench, trials: int) -> Found:
-    """A shard of the data is damaged between two starts: the run is refused, naming it, and goes on with the right one."""
+    """A shard of the data is damaged between two starts: the run is refused, naming it, and goes on with the right
+    one."""
     data = bench.folder / "own-data"
     shutil.copytree(bench.config.data.path, data)
     config = changed(bench.config, data__path=str(data))
@@ -296,8 +326,8 @@ def _damaged_inputs(bench: Bench, trials: int, config: TrainConfig, files: list[
 
 
 def nan_gradient(bench: Bench, trials: int) -> Found:
-    """One number of one gradient is NaN at a random step: no weight is touched, and the run, stopped and resumed, is the
-    one that was not stopped."""
+    """One number of one gradient is NaN at a random step: no weight is touched, and the run, stopped and resumed, is
+    the one that was not stopped."""
     found = Found("")
     for _ in range(trials):
         at = bench.rng.randrange(2, bench.config.schedule.steps - 5)
@@ -308,7 +338,7 @@ def nan_gradient(bench: Bench, trials: int) -> Found:
             for last in (bench.rng.randint(at + 1, at + 3), None) if stop else (None,):
                 trainer = Trainer(config, quiet=True)
                 if last is not None:
-                    trainer.parallel = _StopAt(trainer, last)
+                    trainer.parallel = stop_at(trainer, last)
                 with nan_at(trainer, at):
                     skipped = trainer.run().state.skipped
             outcomes.append(outcome(Path(config.run.out)))
@@ -368,7 +398,7 @@ def data_worker(bench: Bench, trials: int) -> Found:
 
 
 def clock_jumps(bench: Bench, trials: int) -> Found:
-    """The system's clock jumps by up to ten years, back and forth, at every reading of it, through a stop and a resume."""
+    """The system's clock jumps by up to thirty years at every reading of it, through a stop and a resume."""
     found, wanted = Found(""), bench.alone(bench.config)
     real, real_ns = time.time, time.time_ns
 
@@ -377,8 +407,8 @@ def clock_jumps(bench: Bench, trials: int) -> Found:
 
     for _ in range(trials):
         with (
-            mock.patch("time.time", lambda: real() + jump()),
-            mock.patch("time.time_ns", lambda: real_ns() + 10**9 * jump()),
+            mock.patch("time.time", side_effect=lambda: real() + jump()),
+            mock.patch("time.time_ns", side_effect=lambda: real_ns() + 10**9 * jump()),
         ):
             config = _stopped(bench, bench.config)
             result = train(config, quiet=True)
@@ -390,17 +420,17 @@ def clock_jumps(bench: Bench, trials: int) -> Found:
 
 
 def _train_records(out: Path) -> list[dict[str, Any]]:
-    from effkern.train.log import read_log
-
     return [record for record in read_log(out / "log.jsonl") if record["kind"] == "train"]
 
 
 CASES: dict[str, Callable[[Bench, int], Found]] = {
     "kill -9 of one rank": kill_one_rank,
     "kill -9 of all ranks": kill_all_ranks,
+    "kill -9 under torchrun": kill_under_torchrun,
     "SIGTERM to one rank": sigterm,
     "disk full": disk_full,
     "checkpoint damaged": damaged_checkpoint,
+    "sharded checkpoint damaged": damaged_shards_of_checkpoint,
     "data shard damaged": damaged_shard,
     "label cache damaged": damaged_cache,
     "NaN in a gradient": nan_gradient,

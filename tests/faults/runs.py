@@ -7,9 +7,10 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from effkern.data import build_dataset
 from effkern.models import DecoderConfig
@@ -88,10 +89,11 @@ class Run:
         file = write_toml(config, out.with_suffix(".toml"))
         world = 1 if config.distributed.mode == "none" else 2
         command = [sys.executable, "-m", "effkern", "train", "--config", str(file)]
-        common = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
+        common = _environment()
         if world > 1:
             common |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         self.out, self.logs = out, [out.with_suffix(f".{rank}.txt") for rank in range(world)]
+        self.before = _file_number(out)
         self.processes = []
         for rank, log in enumerate(self.logs):
             own = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else common
@@ -104,9 +106,9 @@ class Run:
         return all(process.poll() is None for process in self.processes)
 
     def wait_for(self, step: int) -> bool:
-        """Until the log has this step; False if the run ended before."""
+        """Until the log has this step, of these processes; False if the run ended before."""
         end = time.monotonic() + PATIENCE
-        while steps_done(self.out) < step:
+        while _file_number(self.out) == self.before or steps_done(self.out) < step:
             if not self.running:
                 return False
             assert time.monotonic() < end, self.output()
@@ -131,6 +133,37 @@ class Run:
 
     def output(self) -> str:
         return "\n".join(log.read_text() for log in self.logs)
+
+
+class Torchrun(Run):
+    """The same under torchrun, which starts the ranks again, once, when one of them dies."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        out = Path(config.run.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        command += ["--max-restarts=1", "-m", "effkern", "train", "--config"]
+        command += [str(write_toml(config, out.with_suffix(".toml")))]
+        self.out, self.logs, self.before = out, [out.with_suffix(".txt")], _file_number(out)
+        with self.logs[0].open("w") as stream:
+            self.processes = [
+                subprocess.Popen(command, env=_environment(), stdout=stream, stderr=subprocess.STDOUT, cwd=out.parent)
+            ]
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes that torchrun has started."""
+        children = psutil.Process(self.processes[0].pid).children(recursive=True)
+        return [child for child in children if "effkern" in child.cmdline()]
+
+
+def _file_number(out: Path) -> int:
+    """Of the log, which a run that goes on replaces by a shorter one; 0: there is none."""
+    log = out / "log.jsonl"
+    return log.stat().st_ino if log.exists() else 0
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
 
 
 def _free_port() -> int:
