@@ -91,9 +91,9 @@ class Alone:
     def check_equal(self, facts: dict[str, Any]) -> None:
         """Raise ValueError on every rank unless all have the same `facts`."""
 
-    def explain(self, error: RuntimeError, where: str) -> RuntimeError:
-        """What to raise for `error`: something else where another process has died."""
-        return error
+    def lost(self, error: RuntimeError, where: str) -> RuntimeError | None:
+        """What to raise in place of `error` where it says that another process has died."""
+        return None
 
     def close(self) -> None:
         """Leave the group, if it was joined here."""
@@ -235,14 +235,13 @@ class Ranks(Alone):
         dist.all_gather_object(every, value)
         return every
 
-    def explain(self, error: RuntimeError, where: str) -> RuntimeError:
+    def lost(self, error: RuntimeError, where: str) -> RuntimeError | None:
         # gloo has no type of its own for it.
         if not isinstance(error, dist.DistError) and "onnection" not in str(error):
-            return error
+            return None
         first = str(error).splitlines()[0]
-        return RankError(
-            f"another process was lost {where}; start all again to go on from the last checkpoint ({first})"
-        )
+        again = "start all again to go on from the last checkpoint"
+        return RankError(f"another process was lost {where}; {again} ({first})")
 
     def close(self) -> None:
         if self._joined and dist.is_initialized():

@@ -29,8 +29,8 @@ from effkern.train.soft_labels import LabelOptions, SoftLabelJob
 from tests.faults.runs import Run, Torchrun, changed, outcome, steps_done
 
 # A rank whose peer dies before they have met waits for it this long; torchrun would end it at once.
-RANKS = {"distributed__mode": "ddp", "distributed__timeout_s": 30}
-SHARDED = {"distributed__mode": "fsdp", "distributed__timeout_s": 30}
+RANKS = {"distributed__mode": "ddp", "distributed__timeout_s": 20}
+SHARDED = {"distributed__mode": "fsdp", "distributed__timeout_s": 20}
 
 
 @dataclass
