@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,13 +20,6 @@ if TYPE_CHECKING:
 
 # What a wrong input, file or stored run raises; anything else is a defect and shows its traceback.
 _EXPECTED = (ValueError, OSError, ImportError, NotImplementedError)
-
-
-def demo(arguments: Sequence[str]) -> int:
-    """A small teacher and two students, and a report."""
-    from effkern.cli_demo import demo as run
-
-    return _tyro(run, "demo")(arguments)
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -308,20 +302,6 @@ def bench(arguments: Sequence[str]) -> int:
     return subprocess.run([sys.executable, "-m", "benchmarks", *arguments], cwd=root, check=False).returncode
 
 
-def finetune(arguments: Sequence[str]) -> int:
-    """LoRA on a trained checkpoint."""
-    from effkern.cli_finetune import finetune as run
-
-    return _tyro(run, "finetune")(arguments)
-
-
-def estimate(arguments: Sequence[str]) -> int:
-    """A step on several GPUs, before it runs."""
-    from effkern.cli_estimate import estimate as run
-
-    return _tyro(run, "estimate")(arguments)
-
-
 def data(arguments: Sequence[str]) -> int:
     """The subcommands of `effkern data`."""
     import tyro
@@ -344,11 +324,23 @@ def _tyro(function: Callable[..., int], name: str) -> Callable[[Sequence[str]], 
     return run
 
 
+def _from(name: str) -> Callable[[Sequence[str]], int]:
+    """The command `name` of the module effkern.cli_NAME."""
+
+    def run(arguments: Sequence[str]) -> int:
+        return _tyro(getattr(import_module(f"effkern.cli_{name}"), name), name)(arguments)
+
+    return run
+
+
 _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
-    "demo": ("train a teacher and two students on real text, write a report (minutes)", demo),
+    "demo": ("train a teacher and two students on real text, write a report (minutes)", _from("demo")),
     "train": ("train one model: --preset NAME, --config FILE.toml, --dry-run", train),
-    "estimate": ("memory, communication and time of a step on --gpus N: --preset NAME, --config FILE.toml", estimate),
-    "finetune": ("train LoRA adapters on a checkpoint (LoRA-RITE, AdamW ...), merge and export", finetune),
+    "estimate": (
+        "a step on --gpus N: memory, communication, time; --preset NAME, --config FILE.toml",
+        _from("estimate"),
+    ),
+    "finetune": ("train LoRA adapters on a checkpoint (LoRA-RITE, AdamW ...), merge and export", _from("finetune")),
     "eval": ("loss, accuracy and bits per byte of a checkpoint", _tyro(evaluate, "eval")),
     "generate": ("continue a prompt with a checkpoint", _tyro(generate, "generate")),
     "data": ("build: pack text; stats: what a dataset holds; soft-labels: write a teacher's labels for it", data),

@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -12,8 +12,10 @@ from effkern.data import PackedDataset
 from effkern.train.checkpoint import Checkpoint, CheckpointError, load_checkpoint, resolve_checkpoint
 from effkern.train.config import FREE_ON_RESUME, TrainConfig
 from effkern.train.mapping import differences, overlay
-from effkern.train.shards import Place
 from effkern.train.state_codec import decode, encode
+
+if TYPE_CHECKING:
+    from effkern.train.shards import Place
 
 
 class Stored(Protocol):
@@ -115,7 +117,7 @@ def check_same_run(checkpoint: Checkpoint, config: TrainConfig, inputs: Inputs) 
         )
 
 
-def placement(model: Stored, optimizer: torch.optim.Optimizer) -> Place:
+def placement(model: Stored, optimizer: torch.optim.Optimizer) -> "Place":
     """Where the tensors of a checkpoint belong: weights and what the optimizer holds of their shape as they are cut,
     the rest whole."""
     weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}

@@ -110,6 +110,7 @@ def runs(salt: TrainConfig, cached: TrainConfig, tmp_path_factory) -> Runs:
             "everything-vocab": (changed(full, data__micro_batch_size=2), VOCAB),
             "resharded": (full, FSDP),
         },
+        "full": changed(salt, **FSDP),
         "refuse": changed(salt, **FSDP),
     }
     found = spawn(4, partial(worker.work, plans={4: four, 2: two}, folder=folder))
@@ -168,6 +169,13 @@ def test_saved_by_four_and_resumed_by_two_and_by_one(runs):
     """Four ranks with a spread vocabulary, then two without, or one: curves before and after are those of one run."""
     for found in (*(rank["resharded"] for rank in runs.ranks[2]), runs.alone["resharded"]):
         assert_close(found["curve"], runs.alone["everything"]["curve"])
+
+
+def test_no_room_on_one_rank_leaves_the_checkpoint_before(runs):
+    for found in (ranks["full"] for ranks in runs.ranks[2]):
+        assert "step-00000004 could not be written" in found["told"]
+        assert "the newest one is" in found["told"]
+        assert found["left"] == ["step-00000002"]
 
 
 def test_all_ranks_refuse_together(runs):

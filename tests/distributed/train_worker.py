@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from effkern.train.log import read_log
 from effkern.train.loop import Trainer
 from effkern.train.mapping import overlay
 from effkern.train.restore import load_model, weights_digest
+from tests.faults.bench import file_limit
 
 TIMES = ("tokens_per_s", "wall_s")
 STOP = 7
@@ -121,6 +123,20 @@ def measured(config: TrainConfig, out: Path) -> dict[str, Any]:
     return {**sent.bytes, "weights": size_of(weights), "optimizer": size_of([t.to_local() for t in state])}
 
 
+def full_disk(config: TrainConfig, rank: int, out: Path) -> dict[str, Any]:
+    """Rank 1 alone has no room for its part of the second checkpoint."""
+    trainer = Trainer(changed(config, run__out=str(out), run__checkpoint_every=2), quiet=True)
+    save = trainer.save
+
+    def no_room() -> Path:
+        with file_limit(1024) if (rank, trainer.state.step) == (1, 4) else nullcontext():
+            return save()
+
+    trainer.save = no_room  # type: ignore[method-assign]
+    told = refusal(trainer.run)
+    return {"told": told, "left": sorted(path.name for path in (out / "checkpoints").iterdir())}
+
+
 def work(rank: int, world: int, plans: dict[int, dict[str, Any]], folder: Path) -> dict[int, Any]:
     """What `plans` say for four processes and then, in a new group of the first two, for two: starting processes takes
     longer than all they do."""
@@ -139,7 +155,7 @@ def work(rank: int, world: int, plans: dict[int, dict[str, Any]], folder: Path) 
 
 
 def carry_out(plan: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
-    """`plan`: {"runs": {name: (config, settings)}, "measure": {name: config}, "stop": config, "refuse": config}."""
+    """`plan`: "runs" {name: (config, settings)}, "measure" {name: config}, and configs to "stop", "full", "refuse"."""
     found: dict[str, Any] = {}
     for name, (config, settings) in plan["runs"].items():
         found[name] = run(changed(config, **settings), folder / name)
@@ -147,6 +163,8 @@ def carry_out(plan: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
         found[name] = measured(config, folder / name)
     if "stop" in plan:
         found["signum"] = stopped(plan["stop"], folder / "resharded")
+    if "full" in plan:
+        found["full"] = full_disk(plan["full"], rank, folder / "full")
     if "refuse" in plan:
         found["refusals"] = refusals(plan["refuse"], rank, folder / "refused")
     return found

@@ -13,7 +13,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from tests.faults.cases import CASES, Bench, Found, run_case
+from tests.faults.bench import Bench, Found
+from tests.faults.cases import CASES, run_case
 from tests.faults.runs import small_config
 
 COLUMNS = ("trials", "exact", "detected", "steps_repeated", "seconds")

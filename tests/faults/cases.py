@@ -6,13 +6,11 @@ left alone.
 
 import copy
 import random
-import resource
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,155 +24,10 @@ from effkern.train.config import TrainConfig
 from effkern.train.log import read_log
 from effkern.train.loop import Trainer, train
 from effkern.train.soft_labels import LabelOptions, SoftLabelJob
-from tests.faults.runs import Run, Torchrun, changed, outcome, steps_done
-
-# A rank whose peer dies before they have met waits for it this long; torchrun would end it at once.
-RANKS = {"distributed__mode": "ddp", "distributed__timeout_s": 20}
-SHARDED = {"distributed__mode": "fsdp", "distributed__timeout_s": 20}
-
-
-@dataclass
-class Found:
-    """What a case came to."""
-
-    case: str
-    trials: int = 0
-    exact: int = 0
-    detected: int = 0
-    """Trials in which the fault was reported, where it must be; the message names the file."""
-    steps_repeated: int = 0
-    """Steps that had to be computed again, over all trials: the work lost."""
-    seconds: float = 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-class Bench:
-    """A place for runs, a source of random moments, and the undisturbed runs to compare with."""
-
-    def __init__(self, folder: Path, config: TrainConfig, seed: int) -> None:
-        self.folder, self.config, self.rng = folder, config, random.Random(seed)
-        self._count = 0
-        self._alone: dict[str, Any] = {}
-
-    def fresh(self, config: TrainConfig) -> TrainConfig:
-        """`config` with a run directory of its own."""
-        self._count += 1
-        return changed(config, run__out=str(self.folder / f"run-{self._count}"))
-
-    def undisturbed(self, name: str, make: Callable[[], Any]) -> Any:
-        """What `make` returns, made once."""
-        if name not in self._alone:
-            self._alone[name] = make()
-        return self._alone[name]
-
-    def alone(self, config: TrainConfig) -> Any:
-        """The outcome of `config` left alone, in this process."""
-
-        def make() -> Any:
-            own = self.fresh(config)
-            train(own, quiet=True)
-            return outcome(Path(own.run.out))
-
-        settings = asdict(config)
-        settings.pop("run")
-        return self.undisturbed(repr(settings), make)
-
-
-def in_processes(bench: Bench, config: TrainConfig) -> Any:
-    """The outcome of a run left alone in processes of its own."""
-
-    def make() -> Any:
-        run = Run(bench.fresh(config))
-        assert run.wait() == [0] * len(run.processes), run.output()
-        return outcome(run.out)
-
-    return bench.undisturbed(config.distributed.mode, make)
-
-
-def kills(bench: Bench, trials: int, mode: dict[str, Any], everyone: bool) -> Found:
-    """kill -9 at random moments, start-up included, of one rank or of all; the run is started again until it ends."""
-    config, found = changed(bench.config, **mode), Found("")
-    wanted = in_processes(bench, config)
-    own = bench.fresh(config)
-    while found.trials < trials:
-        before = _newest_step(own)
-        run = Run(own)
-        # Most of a start is imports: some moments are drawn from it, most from the steps behind it.
-        if bench.rng.random() < 0.15:
-            time.sleep(bench.rng.uniform(0, 4))
-        elif run.wait_for(before + 1):
-            time.sleep(bench.rng.uniform(0, 0.6))
-        if run.running:
-            ranks = list(range(len(run.processes)))
-            run.send(signal.SIGKILL, ranks if everyone else [bench.rng.choice(ranks)])
-            codes = run.wait()
-            assert -signal.SIGKILL in codes, (codes, run.output())
-            found.trials += 1
-            found.steps_repeated += max(0, steps_done(run.out) - _newest_step(own))
-        else:
-            assert run.wait() == [0] * len(run.processes), run.output()
-        if steps_done(run.out) == config.schedule.steps or found.trials == trials:
-            last = Run(own)
-            assert last.wait() == [0] * len(last.processes), last.output()
-            assert outcome(last.out) == wanted, "a killed and resumed run differs from the one left alone"
-            found.exact = found.trials
-            own = bench.fresh(config)
-    return found
-
-
-def _newest_step(config: TrainConfig) -> int:
-    stored = list_checkpoints(Path(config.run.out) / "checkpoints")
-    return read_meta(stored[-1])["step"] if stored else 0
-
-
-def kill_one_rank(bench: Bench, trials: int) -> Found:
-    return kills(bench, trials, RANKS, everyone=False)
-
-
-def kill_all_ranks(bench: Bench, trials: int) -> Found:
-    return kills(bench, trials, SHARDED, everyone=True)
-
-
-def kill_under_torchrun(bench: Bench, trials: int) -> Found:
-    """kill -9 of one rank of torchrun --max-restarts: the ranks are started again, and go on, by themselves."""
-    config, found = changed(bench.config, **SHARDED), Found("")
-    wanted = in_processes(bench, config)
-    for _ in range(trials):
-        run = Torchrun(bench.fresh(config))
-        assert run.wait_for(bench.rng.randint(9, config.schedule.steps // 2)), run.output()
-        before, ranks = steps_done(run.out), run.ranks()
-        assert len(ranks) == 2, run.output()
-        bench.rng.choice(ranks).kill()
-        assert run.wait() == [0], run.output()
-        found.detected += "resumed" in run.output()
-        found.steps_repeated += before % config.run.checkpoint_every
-        found.trials += 1
-        found.exact += outcome(run.out) == wanted
-    return found
-
-
-def sigterm(bench: Bench, trials: int) -> Found:
-    """SIGTERM to one rank: all save at the same step and end with 128 + 15 well within a grace period of 30 s."""
-    config, found = changed(bench.config, **SHARDED), Found("")
-    wanted = in_processes(bench, config)
-    for _ in range(trials):
-        run = Run(bench.fresh(config))
-        assert run.wait_for(bench.rng.randint(2, config.schedule.steps // 2)), run.output()
-        start = time.monotonic()
-        run.send(signal.SIGTERM, [bench.rng.choice([0, 1])])
-        assert run.wait() == [128 + signal.SIGTERM] * 2, run.output()
-        assert time.monotonic() - start < 30
-        done = steps_done(run.out)
-        found.detected += f"stopped by signal 15 after step {done}; saved" in run.output()
-        stored = list_checkpoints(run.out / "checkpoints")[-1]
-        found.steps_repeated += done - read_meta(stored)["step"]
-        again = Run(changed(config, run__out=str(run.out)))
-        assert again.wait() == [0, 0], again.output()
-        found.trials += 1
-        found.exact += outcome(run.out) == wanted
-    return found
+from tests.faults import processes
+from tests.faults.bench import Bench, Found, file_limit
+from tests.faults.processes import SHARDED
+from tests.faults.runs import changed, outcome
 
 
 def disk_full(bench: Bench, trials: int) -> Found:
@@ -204,18 +57,6 @@ def disk_full(bench: Bench, trials: int) -> Found:
         found.trials += 1
         found.exact += outcome(Path(config.run.out)) == wanted
     return found
-
-
-@contextmanager
-def file_limit(size: int) -> Iterator[None]:
-    """Writing beyond `size` bytes of a file fails, as on a full disk."""
-    old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def damage(path: Path, rng: random.Random) -> None:
@@ -424,10 +265,7 @@ def _train_records(out: Path) -> list[dict[str, Any]]:
 
 
 CASES: dict[str, Callable[[Bench, int], Found]] = {
-    "kill -9 of one rank": kill_one_rank,
-    "kill -9 of all ranks": kill_all_ranks,
-    "kill -9 under torchrun": kill_under_torchrun,
-    "SIGTERM to one rank": sigterm,
+    **processes.CASES,
     "disk full": disk_full,
     "checkpoint damaged": damaged_checkpoint,
     "sharded checkpoint damaged": damaged_shards_of_checkpoint,

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.cases import CASES, Bench, run_case
+from tests.faults.bench import Bench
+from tests.faults.cases import CASES, run_case
 from tests.faults.runs import small_config
 
 # Cases in which nothing is to be reported: the run that is started again goes on.
