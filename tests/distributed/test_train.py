@@ -128,6 +128,12 @@ def assert_close(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> N
                 assert one[key] == pytest.approx(other[key], rel=BOUND, abs=1e-12), (one["kind"], one["step"], key)
 
 
+def largest(found: list[dict[str, Any]], wanted: list[dict[str, Any]], key: str) -> float:
+    """Largest relative difference of `key` in two curves."""
+    pairs = [(a[key], b[key]) for a, b in zip(found, wanted) if key in a]
+    return max(abs(a - b) / abs(b) for a, b in pairs)
+
+
 @pytest.mark.parametrize(
     ("world", "name"),
     [
@@ -147,6 +153,9 @@ def test_curves_are_those_of_one_process(runs, world, name):
         assert rank["digest"] == found[0]["digest"]
         assert rank["evals"] == found[0]["evals"]
     assert [e["eval_tokens"] for e in found[0]["evals"]] == [16 * 27] * 4
+    one, other = found[0]["curve"], wanted["curve"]
+    # The table of docs/distributed.md, with pytest -s.
+    print(f"| {world} | {name} | {largest(one, other, 'loss'):.1e} | {largest(one, other, 'grad_norm'):.1e} |")
 
 
 def test_two_ranks_have_the_bits_of_two_micro_batches(runs):

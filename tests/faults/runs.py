@@ -136,13 +136,13 @@ class Run:
 
 
 class Torchrun(Run):
-    """The same under torchrun, which starts the ranks again, once, when one of them dies."""
+    """The same under torchrun, which starts the ranks again when one of them dies."""
 
     def __init__(self, config: TrainConfig) -> None:
         out = Path(config.run.out)
         out.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        command += ["--max-restarts=1", "-m", "effkern", "train", "--config"]
+        command += ["--max-restarts=3", "-m", "effkern", "train", "--config"]
         command += [str(write_toml(config, out.with_suffix(".toml")))]
         self.out, self.logs, self.before = out, [out.with_suffix(".txt")], _file_number(out)
         with self.logs[0].open("w") as stream:
