@@ -116,7 +116,11 @@ class Ranks(Alone):
                     f"(torchrun --nproc-per-node=N -m effkern train ...)"
                 )
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=self.config.timeout_s))
+            timeout = timedelta(seconds=self.config.timeout_s)
+            store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+            # torchrun's store outlives its ranks: those that are started again must not find the addresses of the dead.
+            own = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=timeout)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.is_main = self.rank == 0
         self.root_group = dist.group.WORLD
