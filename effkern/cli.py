@@ -17,13 +17,6 @@ from typing import Annotated, Any
 _EXPECTED = (ValueError, OSError, ImportError, NotImplementedError)
 
 
-def demo(arguments: Sequence[str]) -> int:
-    """A small teacher and two students, and a report."""
-    from effkern.cli_demo import demo as run
-
-    return _tyro(run, "demo")(arguments)
-
-
 def train(arguments: Sequence[str]) -> int:
     """Train one model; a run directory that holds checkpoints is resumed."""
     import tyro
@@ -52,8 +45,6 @@ def train(arguments: Sequence[str]) -> int:
     command = tyro.cli(Train, args=list(arguments), default=Train(base, preset, file), prog="effkern train")
     config = command.settings
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise NotImplementedError("training in several processes is not there yet; start one process")
     if command.dry_run:
         from effkern.train.device import choose_device, choose_precision
         from effkern.train.estimate import estimate, render
@@ -77,6 +68,8 @@ def _train(config: Any, command: str) -> int:
     from effkern.train.loop import train as run
 
     result = run(config)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return 0 if result.signum is None else 128 + result.signum
     if result.signum is not None:
         print(f"stopped by signal {result.signum} after step {result.state.step}; saved. To go on:\n  {command}")
         return 128 + result.signum
@@ -186,13 +179,6 @@ def bench(arguments: Sequence[str]) -> int:
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
 
 
-def finetune(arguments: Sequence[str]) -> int:
-    """LoRA on a trained checkpoint."""
-    from effkern.cli_finetune import finetune as run
-
-    return _tyro(run, "finetune")(arguments)
-
-
 def data(arguments: Sequence[str]) -> int:
     """The subcommands of `effkern data`."""
     import tyro
@@ -240,9 +226,19 @@ def _from(module: str, function: str, name: str) -> Callable[[Sequence[str]], in
 
 
 _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
-    "demo": ("train a teacher and two students on real text, write a report (minutes)", demo),
+    "demo": (
+        "train a teacher and two students on real text, write a report (minutes)",
+        _from("effkern.cli_demo", "demo", "demo"),
+    ),
     "train": ("train one model: --preset NAME, --config FILE.toml, --dry-run", train),
-    "finetune": ("train LoRA adapters on a checkpoint (LoRA-RITE, AdamW ...), merge and export", finetune),
+    "estimate": (
+        "a step on --gpus N: memory, communication, time; --preset NAME, --config FILE.toml",
+        _from("effkern.cli_estimate", "estimate", "estimate"),
+    ),
+    "finetune": (
+        "train LoRA adapters on a checkpoint (LoRA-RITE, AdamW ...), merge and export",
+        _from("effkern.cli_finetune", "finetune", "finetune"),
+    ),
     "eval": ("loss, perplexity and accuracy of a checkpoint; --tasks", _from("effkern.cli_model", "evaluate", "eval")),
     "generate": ("continue a prompt with a checkpoint", _from("effkern.cli_model", "generate", "generate")),
     "export": ("write a checkpoint for Hugging Face transformers", _from("effkern.cli_model", "export", "export")),
@@ -295,6 +291,10 @@ def _is_expected(error: Exception) -> bool:
     if isinstance(error, _EXPECTED):
         return True
     # Their modules are loaded only by the commands that can raise them.
-    homes = {"CheckpointError": "effkern.train.checkpoint", "TrainingDiverged": "effkern.train.loop"}
+    homes = {
+        "CheckpointError": "effkern.train.checkpoint",
+        "RankError": "effkern.train.parallel",
+        "TrainingDiverged": "effkern.train.loop",
+    }
     kinds = [getattr(sys.modules[home], kind) for kind, home in homes.items() if home in sys.modules]
     return isinstance(error, tuple(kinds))

@@ -192,9 +192,9 @@ def test_debug_shows_the_traceback(monkeypatch, tmp_path):
         cli.main(["train", "--preset", "huge"])
 
 
-def test_several_processes_are_refused(monkeypatch, capsys):
+def test_several_processes_need_a_mode(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "training in several processes is not there yet" in fails(capsys, ["train"])
+    assert "distributed.mode must be ddp, fsdp or hsdp for 2 processes" in fails(capsys, ["train"])
 
 
 def test_usage(capsys):

@@ -75,12 +75,40 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         save_file(tensors, path)
         _fsync(path)
         files[path.name] = file_hash(path)
-    meta = {"format_version": FORMAT_VERSION, "step": checkpoint.step, "files": files, **checkpoint.data}
+    write_meta(folder, checkpoint, files)
+
+
+def write_meta(folder: Path, checkpoint: Checkpoint, files: Mapping[str, str], **extra: str) -> None:
+    """meta.json: the checkpoint's data, and the hashes of `files` and of itself."""
+    meta = {"format_version": FORMAT_VERSION, "step": checkpoint.step, "files": files, **extra, **checkpoint.data}
     meta = json.loads(json.dumps(meta))
     meta["meta_sha256"] = _meta_hash(meta)
     path = folder / "meta.json"
     path.write_text(json.dumps(meta, indent=1))
     _fsync(path)
+
+
+def staging(root: Path, step: int) -> Path:
+    """An empty temporary directory for the checkpoint of `step`; leftovers of a killed process go."""
+    root.mkdir(parents=True, exist_ok=True)
+    for path in root.glob(".tmp-*"):
+        shutil.rmtree(path)
+    temporary = root / f".tmp-step-{step:08d}"
+    temporary.mkdir()
+    return temporary
+
+
+def publish(root: Path, folder: Path, step: int, keep_last: int) -> Path:
+    """Make the complete `folder` the checkpoint of `step`, in place of one that is there; delete the oldest."""
+    final = root / f"step-{step:08d}"
+    _fsync(folder)
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(folder, final)
+    _fsync(root)
+    for path in list_checkpoints(root)[:-keep_last]:
+        shutil.rmtree(path, ignore_errors=True)
+    return final
 
 
 def save_checkpoint(root: Path, checkpoint: Checkpoint, keep_last: int) -> Path:
@@ -94,27 +122,16 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, keep_last: int) -> Path:
     final = root / f"step-{checkpoint.step:08d}"
     temporary = root / f".tmp-{final.name}"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        # Leftovers of a killed process.
-        for path in root.glob(".tmp-*"):
-            shutil.rmtree(path)
-        if final.exists():
-            if problem(final) is None:
-                return final
-            shutil.rmtree(final)
-        temporary.mkdir()
+        if final.exists() and problem(final) is None:
+            return final
+        temporary = staging(root, checkpoint.step)
         _write(temporary, checkpoint)
-        _fsync(temporary)
-        os.rename(temporary, final)
-        _fsync(root)
+        return publish(root, temporary, checkpoint.step, keep_last)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         older = list_checkpoints(root)
         newest = f"the newest one is {older[-1]}" if older else "there is none before it"
         raise CheckpointError(f"checkpoint {final} could not be written ({error}); {newest}") from error
-    for path in list_checkpoints(root)[:-keep_last]:
-        shutil.rmtree(path, ignore_errors=True)
-    return final
 
 
 def set_aside(path: Path) -> Path:
@@ -141,9 +158,17 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 def problem(path: Path, only: Collection[str] | None = None) -> str | None:
     """None if the checkpoint (or its files `only`, named without suffix) is intact, else what is wrong with it."""
+    return problem_of(path, only)
+
+
+def problem_of(path: Path, only: Collection[str] | None = None, part: tuple[int, int] = (0, 1)) -> str | None:
+    """`problem`, where rank r of p (`part`) looks at every p-th file from the r-th on."""
     try:
-        for name, digest in read_meta(path)["files"].items():
-            if only is not None and name.removesuffix(".safetensors") not in only:
+        meta = read_meta(path)
+        mine = sorted(meta["files"].items())[part[0] :: part[1]]
+        for name, digest in mine:
+            whole = meta.get("layout") != "sharded"
+            if whole and only is not None and name.removesuffix(".safetensors") not in only:
                 continue
             if not (path / name).is_file():
                 return f"checkpoint {path}: {name} is missing"
@@ -160,6 +185,10 @@ def load_checkpoint(path: Path, only: Collection[str] | None = None) -> Checkpoi
     if wrong is not None:
         raise CheckpointError(wrong)
     meta = read_meta(path)
+    if meta.get("layout") == "sharded":
+        from effkern.train.shards import read_shards
+
+        return Checkpoint(step=meta["step"], tensors=read_shards(path, only=only), data=meta, path=path)
     names = [name.removesuffix(".safetensors") for name in meta["files"]]
     tensors = {name: load_file(path / f"{name}.safetensors") for name in names if only is None or name in only}
     return Checkpoint(step=meta["step"], tensors=tensors, data=meta, path=path)

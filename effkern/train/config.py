@@ -52,8 +52,11 @@ class DataConfig:
     """Sequences of one forward pass; 0 is batch_size. Smaller: gradient accumulation, the same loss."""
     seed: int = 0
     """Of the data order, which is a function of (seed, step)."""
+    workers: int = 0
+    """Processes that read batches ahead (effkern.train.feed); 0 reads them in the run's own process."""
 
     def __post_init__(self) -> None:
+        _require("data", "workers", self.workers >= 0, "be at least 0", self.workers)
         for name in ("seq_len", "batch_size"):
             _require("data", name, getattr(self, name) >= 1, "be at least 1", getattr(self, name))
         ok = self.micro_batch_size == 0 or (self.micro_batch_size > 0 and self.batch_size % self.micro_batch_size == 0)
@@ -213,6 +216,33 @@ class RunConfig:
         )
 
 
+@dataclass(frozen=True)
+class DistributedConfig:
+    """How the processes of torchrun share a run (effkern.train.parallel). The batch is cut, never multiplied."""
+
+    mode: Literal["none", "ddp", "fsdp", "hsdp"] = "none"
+    """none: one process. ddp: every rank holds the model. fsdp: weights, gradients and optimizer state in slices over
+    all ranks. hsdp: in slices within each of `replicas` groups of ranks."""
+    replicas: int = 1
+    """hsdp: groups of ranks that hold a whole model each; divides the number of ranks."""
+    vocab_parallel: bool = False
+    """fsdp: the output layer stays in slices of the vocabulary; hidden states travel in place of its weight."""
+    reshard_after_forward: bool = True
+    """fsdp, hsdp: gather a block's weights again for its backward pass, in place of keeping them."""
+    timeout_s: int = 600
+    """A collective that takes longer ends the run."""
+
+    def __post_init__(self) -> None:
+        modes = ("none", "ddp", "fsdp", "hsdp")
+        _require("distributed", "mode", self.mode in modes, f"be one of {modes}", self.mode)
+        for name in ("replicas", "timeout_s"):
+            _require("distributed", name, getattr(self, name) >= 1, "be at least 1", getattr(self, name))
+        one = self.replicas == 1 or self.mode == "hsdp"
+        _require("distributed", "replicas", one, f"be 1 for mode={self.mode!r}", self.replicas)
+        fits = not self.vocab_parallel or self.mode == "fsdp"
+        _require("distributed", "vocab_parallel", fits, f"be False for mode={self.mode!r}", self.vocab_parallel)
+
+
 LORA_OPTIMIZERS = ("lora_rite", "adamw", "lora_muon", "scaled_adam")
 
 
@@ -261,8 +291,15 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     run: RunConfig = field(default_factory=RunConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
+        if self.distributed.vocab_parallel:
+            untied = not self.model.tie_head
+            _require("distributed", "vocab_parallel", untied, "be False where model.tie_head=True", True)
+        if self.distributed.mode != "none":
+            gate = self.model.loop.exit_gate
+            _require("model.loop", "exit_gate", not gate, "be False where distributed.mode is not none", gate)
         fits = self.data.seq_len <= self.model.max_seq_len
         _require("data", "seq_len", fits, f"be at most model.max_seq_len={self.model.max_seq_len}", self.data.seq_len)
 
@@ -281,5 +318,14 @@ _FREE_RUN_FIELDS = (
 )
 # A run may be resumed with other values of these: they cannot change what is computed.
 # The paths may move; the hashes of what they point to are compared instead.
-_FREE_PATHS = ("data.path", "teacher.checkpoint", "teacher.cache", "lora.checkpoint")
-FREE_ON_RESUME = frozenset((*(f"run.{name}" for name in _FREE_RUN_FIELDS), *_FREE_PATHS))
+FREE_PATHS = ("data.path", "teacher.checkpoint", "teacher.cache", "lora.checkpoint")
+# Another number of ranks, or another way to share a run, changes the order of sums and nothing else.
+_FREE_SHARING = ("mode", "replicas", "vocab_parallel", "reshard_after_forward", "timeout_s")
+FREE_ON_RESUME = frozenset(
+    (
+        *(f"run.{name}" for name in _FREE_RUN_FIELDS),
+        *FREE_PATHS,
+        *(f"distributed.{name}" for name in _FREE_SHARING),
+        "data.workers",
+    )
+)

@@ -64,7 +64,7 @@ def activation_bytes(model: DecoderConfig, tokens: int, dtype: torch.dtype) -> i
     return tokens * (_kept_blocks(model, block) + d * (8 + a))
 
 
-def _training_flops(model: DecoderConfig, seq_len: int) -> float:
+def training_flops(model: DecoderConfig, seq_len: int) -> float:
     """FLOPs a token, forward and backward: with drawn loops those of their mean, backward only through loops that have
     a gradient."""
     if model.stack != "looped":
@@ -117,14 +117,14 @@ def estimate(config: TrainConfig, dtype: torch.dtype, teacher: DecoderConfig | N
         autocast_copies=copies,
         activations=activation_bytes(config.model, config.data.micro_rows * config.data.seq_len, dtype),
         teacher_weights=4 * count_parameters(teacher) if teacher is not None and stage_one else 0,
-        student_flops=_training_flops(config.model, config.data.seq_len) * tokens,
+        student_flops=training_flops(config.model, config.data.seq_len) * tokens,
         teacher_flops=forward_flops(teacher, config.data.seq_len).total * teacher_tokens
         if teacher is not None
         else 0.0,
     )
 
 
-def _bytes(number: float) -> str:
+def describe_bytes(number: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if number < 1024:
             return f"{number:.1f} {unit}"
@@ -153,13 +153,13 @@ def render(numbers: Estimate, config: TrainConfig, dtype: torch.dtype, unconfirm
         f"stage 1       {_count(numbers.teacher_tokens)} tokens with the teacher, omega {schedule.omega}, "
         f"transition {schedule.transition}",
         f"precision     {dtype}",
-        f"memory        {_bytes(numbers.memory)} in stage 1",
-        f"  weights     {_bytes(numbers.weights)}",
-        f"  gradients   {_bytes(numbers.gradients)}",
-        f"  optimizer   {_bytes(numbers.optimizer)}",
-        f"  bf16 copies {_bytes(numbers.autocast_copies)}",
-        f"  activations {_bytes(numbers.activations)} (micro-batch of {data.micro_rows} x {data.seq_len})",
-        f"  teacher     {_bytes(numbers.teacher_weights)}",
+        f"memory        {describe_bytes(numbers.memory)} in stage 1",
+        f"  weights     {describe_bytes(numbers.weights)}",
+        f"  gradients   {describe_bytes(numbers.gradients)}",
+        f"  optimizer   {describe_bytes(numbers.optimizer)}",
+        f"  bf16 copies {describe_bytes(numbers.autocast_copies)}",
+        f"  activations {describe_bytes(numbers.activations)} (micro-batch of {data.micro_rows} x {data.seq_len})",
+        f"  teacher     {describe_bytes(numbers.teacher_weights)}",
         f"FLOPs         {numbers.student_flops:.3e} student, {numbers.teacher_flops:.3e} teacher (+{100 * share:.1f}%)",
         "parameter groups",
         *(f"  {line}" for line in planned(config)[0]),

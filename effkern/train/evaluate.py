@@ -10,6 +10,7 @@ import torch
 from effkern.models import Decoder
 from effkern.ops.distill import linear_distill_loss
 from effkern.train.device import autocast
+from effkern.train.parallel import ALONE, IGNORE, Alone
 from effkern.train.step import to_device
 
 
@@ -31,9 +32,13 @@ class EvalResult:
 
 @torch.no_grad()
 def evaluate(
-    model: Decoder, batches: Iterable[np.ndarray], bytes_per_token: float, dtype: torch.dtype = torch.float32
+    model: Decoder,
+    batches: Iterable[np.ndarray],
+    bytes_per_token: float,
+    dtype: torch.dtype = torch.float32,
+    parallel: Alone = ALONE,
 ) -> EvalResult:
-    """Mean over `batches` of int64 [rows, seq_len + 1].
+    """Mean over `batches` of int64 [rows, seq_len + 1], which the ranks share.
 
     Raises:
         ValueError: `batches` is empty.
@@ -44,19 +49,24 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        for batch in batches:
+        for batch, rows in parallel.share(batches):
             tokens = to_device(batch, device)
-            labels = tokens[:, 1:].flatten()
+            targets = tokens[:, 1:].clone()
+            targets[rows:] = IGNORE
             with autocast(device, dtype):
                 hidden = model(tokens[:, :-1]).flatten(0, 1)
-                stats = linear_distill_loss(hidden, model.head_weight, labels, vocab_valid=model.vocab_valid).stats
+                loss_op = parallel.spread_loss or linear_distill_loss
+                stats = loss_op(
+                    hidden, model.head_weight, targets.flatten(), ignore_index=IGNORE, vocab_valid=model.vocab_valid
+                ).stats
             sums += torch.stack((stats.ce.double().sum(), stats.hit.double().sum()))
-            count += labels.numel()
+            count += targets[:rows].numel()
     finally:
         model.train(was_training)
+    count = int(parallel.add(torch.tensor(count, device=device)))
     if count == 0:
         raise ValueError(
             "evaluate: batches must hold at least one sequence, got none (is the split shorter than seq_len?)"
         )
-    loss, accuracy = (sums / count).tolist()
+    loss, accuracy = (parallel.total(sums) / count).tolist()
     return EvalResult(loss, accuracy, loss / math.log(2) / bytes_per_token, count)

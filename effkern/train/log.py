@@ -73,3 +73,13 @@ class RunLog:
         self._file.close()
         if self._writer is not None:
             self._writer.close()
+
+
+class NoLog:
+    """The log of a rank that writes nothing."""
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Writes nothing."""
+
+    def close(self) -> None:
+        """Nothing is held."""

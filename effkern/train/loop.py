@@ -14,16 +14,19 @@ from effkern.data import BatchOrder, PackedDataset, val_batches
 from effkern.models import Block, Decoder, LoopedStack, count_parameters, parse_stages
 from effkern.models.layers import generator_for
 from effkern.train.cached_teacher import CachedTeacher
-from effkern.train.checkpoint import CheckpointError, load_newest, save_checkpoint, set_aside
-from effkern.train.config import TrainConfig
+from effkern.train.checkpoint import Checkpoint, CheckpointError, load_newest, save_checkpoint, set_aside
+from effkern.train.config import FREE_PATHS, TrainConfig
 from effkern.train.dashboard import dashboard_for
 from effkern.train.device import choose_device, choose_precision, set_threads
 from effkern.train.evaluate import EvalResult, evaluate
+from effkern.train.feed import Feed
 from effkern.train.lock import RunLock
-from effkern.train.log import RunLog, read_log
+from effkern.train.log import NoLog, RunLog, read_log
+from effkern.train.mapping import flatten
 from effkern.train.optimizer import build_optimizer, parameter_report
+from effkern.train.parallel import ALONE, device_of_rank, join, versions
 from effkern.train.progress import Reporter
-from effkern.train.restore import Inputs, RunState, Stored, check_same_run, load_teacher, restore, snapshot
+from effkern.train.restore import Inputs, RunState, Stored, check_same_run, load_teacher, placement, restore, snapshot
 from effkern.train.schedules import learning_rate, omega_at, teacher_steps
 from effkern.train.signals import StopRequest
 from effkern.train.step import StepResult, to_device, train_step
@@ -72,13 +75,41 @@ class Trainer:
     def __init__(self, config: TrainConfig, *, title: str = "train", quiet: bool = False) -> None:
         if config.lora.rank and not self.adapters:
             raise ValueError(f"lora.rank must be 0 to train a whole model (effkern finetune), got {config.lora.rank}")
+        if self.adapters and config.distributed.mode != "none":
+            raise ValueError(f"distributed.mode must be none to train adapters, got {config.distributed.mode!r}")
         self.config, self.title, self.quiet = config, title, quiet
         self.out = Path(config.run.out)
         if config.run.wandb:
             require_wandb(config.run.wandb)
         set_threads(config.run)
-        self.device = choose_device(config.run.device)
+        self.device = device_of_rank(choose_device(config.run.device), config)
         self.dtype = choose_precision(config.run.precision, self.device)
+        self.parallel = join(config, self.device)
+        settings = {f"config {key}": value for key, value in flatten(config).items() if key not in FREE_PATHS}
+        self.parallel.check_equal({**versions(), "precision": str(self.dtype), **settings})
+        self.parallel.together(self._open)
+        self.model = self._model()
+        self.forward = self.parallel.wrap(self.model)
+        if config.run.compile:
+            alone = self.parallel is ALONE
+            found = compiled(self.model, whole=alone)
+            self.forward = found if alone else self.forward
+        self.optimizer = self._optimizer()
+        self.stored: Stored = self.model
+        """What a checkpoint holds of the model."""
+        self.state = RunState()
+        self.teacher: Decoder | None = None
+        self.cached: CachedTeacher | None = None
+        self.stage_one = teacher_steps(config.schedule)
+        self.feed = Feed(self.order, config.schedule.steps, config.data.workers)
+        self.signum: int | None = None
+        self.groups = parameter_report(self.model, self.optimizer)
+        self._notes: list[str] = self.groups if config.optimizer.name != "adamw" else []
+        self._saved_step = -1
+
+    def _open(self) -> None:
+        """The data, and whether the config fits them."""
+        config = self.config
         self.dataset = PackedDataset(config.data.path)
         if self.dataset.vocab_size > config.model.vocab_size:
             raise ValueError(
@@ -88,48 +119,78 @@ class Trainer:
         _check_gate(config)
         self.inputs = Inputs.of(self.dataset)
         self.order = BatchOrder(
-            self.dataset, seq_len=config.data.seq_len, batch_size=config.data.batch_size, seed=config.data.seed
-        )
-        self.model = self._model()
-        self.forward = compiled(self.model) if config.run.compile else self.model
-        self.optimizer = self._optimizer()
-        self.stored: Stored = self.model
-        """What a checkpoint holds of the model."""
-        self.state = RunState()
-        self.teacher: Decoder | None = None
-        self.cached: CachedTeacher | None = None
-        self.stage_one = teacher_steps(config.schedule)
-        self.groups = parameter_report(self.model, self.optimizer)
-        self._notes: list[str] = self.groups if config.optimizer.name != "adamw" else []
-        self._saved_step = -1
+            self.dataset, seq_len=config.data.seq_len, batch_size=config.data.batch_size, seed=config.data.seed,
+            rank=self.parallel.rank, world_size=self.parallel.world,
+        )  # fmt: skip
 
     def _model(self) -> Decoder:
         return Decoder(self.config.model, seed=self.config.run.seed, device=self.device)
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        return build_optimizer(self.model, self.config.optimizer)
+        return build_optimizer(self.model, self.config.optimizer, self.parallel.root_group)
 
     def run(self) -> TrainResult:
         """Train from the newest checkpoint, or from step 0, to the last step, a signal, or an error."""
-        with RunLock(self.out), StopRequest() as stop:
+        with RunLock(self.out, self.parallel), StopRequest() as stop:
             self._begin()
+            self.parallel.check_equal({"inputs": asdict(self.inputs), "step": self.state.step})
             first, steps, run = self.state.step, self.config.schedule.steps, self.config.run
-            log = RunLog(self.out, first or -1, run.tensorboard, wandb=run.wandb, settings=asdict(self.config))
-            report = dashboard_for(self.title, steps, first, self.stage_one, quiet=self.quiet)
-            log.watch = report.record
+            quiet = self.quiet or not self.parallel.is_main
+            log: RunLog | NoLog = NoLog()
+            if self.parallel.is_main:
+                log = RunLog(self.out, first or -1, run.tensorboard, wandb=run.wandb, settings=asdict(self.config))
+            report = dashboard_for(self.title, steps, first, self.stage_one, quiet=quiet)
+            if isinstance(log, RunLog):
+                log.watch = report.record
             for text in self._notes:
                 report.note(text)
+            self.feed.note = report.note
             try:
                 self._loop(stop, log, report)
+            except RuntimeError as error:
+                lost = self.parallel.lost(error, f"after step {self.state.step}")
+                if lost is None:
+                    raise
+                raise lost from error
             finally:
+                self.feed.close()
                 log.close()
                 report.close()
-            return self._finish(stop.signum)
+            result = self._finish(self.signum)
+        # What holds the group goes before the group does.
+        self.forward = self.model
+        self.parallel.close()
+        return result
 
     def _begin(self) -> None:
         """Resume or start over; load the teacher if stage 1 needs it. Nothing is written before all is checked."""
         checkpoints = self.out / "checkpoints"
-        found = None if self.config.run.restart else load_newest(checkpoints)
+        found = None if self.config.run.restart else self._newest(checkpoints)
+        self.parallel.together(lambda: self._open_teacher(found))
+        if self.teacher is not None:
+            self.parallel.shard_teacher(self.teacher)
+        if found is not None:
+            stored = found.data["inputs"]
+            self.inputs = replace(self.inputs, teacher=stored["teacher"], labels=stored.get("labels", ""))
+            self.state = self.parallel.together(lambda: restore(found, self.stored, self.optimizer))
+            self._saved_step = found.step
+            self._notes += self.parallel.on_main(lambda: _set_aside(found))
+            self._notes.append(f"resumed {found.path} at step {found.step}")
+        self.parallel.on_main(lambda: self._prepare(found is None))
+
+    def _newest(self, checkpoints: Path) -> Checkpoint | None:
+        """The newest intact checkpoint, read into the memory where it belongs."""
+        if not self.parallel.sharded:
+            return self.parallel.together(lambda: load_newest(checkpoints))
+        from effkern.train.sharded import newest, read
+
+        found = newest(checkpoints, self.parallel)
+        if found is not None:
+            check_same_run(found, self.config, self.inputs)
+            read(found, placement(self.stored, self.optimizer), self.parallel)
+        return found
+
+    def _open_teacher(self, found: Checkpoint | None) -> None:
         if found is not None:
             check_same_run(found, self.config, self.inputs)
         first = found.step if found else 0
@@ -142,21 +203,17 @@ class Trainer:
             self.teacher = loaded.model
         if found is not None:
             check_same_run(found, self.config, self.inputs)
-            stored = found.data["inputs"]
-            self.inputs = replace(self.inputs, teacher=stored["teacher"], labels=stored.get("labels", ""))
-            self.state = restore(found, self.stored, self.optimizer)
-            for path, problem in found.problems.items():
-                self._notes.append(f"skipped and renamed to {set_aside(path).name}: {problem}")
-            self._saved_step = found.step
-            self._notes.append(f"resumed {found.path} at step {found.step}")
-        elif self.config.run.restart:
+
+    def _prepare(self, new: bool) -> None:
+        """What is written before the first step."""
+        if new and self.config.run.restart:
             for name in self.outputs:
                 path = self.out / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         # With its tokenizer a run directory is all that `effkern generate` needs.
         shutil.copyfile(self.dataset.path / self.dataset.manifest.tokenizer.file, self.out / "tokenizer.json")
 
-    def _loop(self, stop: StopRequest, log: RunLog, report: Reporter) -> None:
+    def _loop(self, stop: StopRequest, log: RunLog | NoLog, report: Reporter) -> None:
         config, state = self.config, self.state
         wall, cpu = time.monotonic() - state.wall_s, time.process_time() - state.cpu_s
         rate_ema = 0.0
@@ -164,7 +221,10 @@ class Trainer:
             log.write("eval", 0, self.validate())
             if config.optimizer.name != "adamw":
                 log.write("groups", 0, {"lines": self.groups})
-        while state.step < config.schedule.steps and stop.signum is None:
+        while state.step < config.schedule.steps:
+            self.signum = self.parallel.stop(stop.signum)
+            if self.signum is not None:
+                break
             step = state.step
             if (self.teacher or self.cached) is not None and step >= self.stage_one:
                 self.unload_teacher()
@@ -201,12 +261,13 @@ class Trainer:
                 labels = self.cached.labels(step)
         if config.model.loop.init == "noise" or config.lora.dropout:
             # The only draws that use the default generators.
-            torch.manual_seed(generator_for(config.run.seed, f"step {step}").initial_seed())
+            name = f"step {step}" if self.parallel.rank == 0 else f"step {step} rank {self.parallel.rank}"
+            torch.manual_seed(generator_for(config.run.seed, name).initial_seed())
         result = train_step(
             self.model,
             self.forward,
             self.optimizer,
-            to_device(self.order.batch(step), self.device),
+            to_device(self.feed.batch(step), self.device),
             config,
             teacher=self.teacher,
             labels=labels,
@@ -215,6 +276,7 @@ class Trainer:
             dtype=self.dtype,
             timer=timer,
             step=step,
+            parallel=self.parallel,
         )
         if timer.enabled:
             self.state.timed_s += timer.total
@@ -226,7 +288,9 @@ class Trainer:
         """Loss, accuracy and bits per byte on the validation split, with the tokens seen so far."""
         data = self.config.data
         batches = val_batches(self.dataset, data.seq_len, data.micro_rows, self.config.run.eval_tokens or None)
-        result: EvalResult = evaluate(self.model, batches, self.dataset.bytes_per_token("val"), self.dtype)
+        result: EvalResult = evaluate(
+            self.model, batches, self.dataset.bytes_per_token("val"), self.dtype, self.parallel
+        )
         return {**result.as_dict(), "eval_tokens": result.tokens, "tokens": self.state.tokens}
 
     def unload_teacher(self) -> None:
@@ -240,7 +304,12 @@ class Trainer:
         """Write a checkpoint of the present state."""
         checkpoint = snapshot(self.stored, self.optimizer, self.state, self.config, self.inputs)
         self._saved_step = self.state.step
-        return save_checkpoint(self.out / "checkpoints", checkpoint, self.config.run.keep_last)
+        root, keep = self.out / "checkpoints", self.config.run.keep_last
+        if self.parallel.sharded:
+            from effkern.train.sharded import save_sharded
+
+            return save_sharded(root, checkpoint, keep, self.parallel)
+        return self.parallel.on_main(lambda: save_checkpoint(root, checkpoint, keep))
 
     def _due(self, every: int) -> bool:
         return self.state.step == self.config.schedule.steps or (every > 0 and self.state.step % every == 0)
@@ -270,12 +339,12 @@ class Trainer:
 
     def _finish(self, signum: int | None) -> TrainResult:
         finished = self.state.step == self.config.schedule.steps
-        records = read_log(self.out / "log.jsonl")
+        records = self.parallel.on_main(lambda: read_log(self.out / "log.jsonl"))
         evals = [record for record in records if record["kind"] == "eval"]
         result = TrainResult(
             self.out, finished, None if finished else signum, count_parameters(self.config.model), self.state, evals
         )
-        if finished:
+        if finished and self.parallel.is_main:
             summary = {
                 "state": asdict(self.state),
                 "loss_op_share": result.loss_op_share,
@@ -289,6 +358,10 @@ class Trainer:
         return result
 
 
+def _set_aside(found: Checkpoint) -> list[str]:
+    return [f"skipped and renamed to {set_aside(path).name}: {text}" for path, text in found.problems.items()]
+
+
 def _check_gate(config: TrainConfig) -> None:
     loop, mode = config.model.loop, config.schedule.mode
     if loop.exit_gate and not loop.exit_beta:
@@ -299,10 +372,10 @@ def _check_gate(config: TrainConfig) -> None:
         raise ValueError(f"schedule.mode must be baseline to train an exit gate, got {mode!r}")
 
 
-def compiled(model: Decoder) -> Any:
-    """The model's forward pass, compiled: as one graph, or layer by layer where stages loop, so that no number of loops
-    compiles anything."""
-    if not isinstance(model.stack, LoopedStack):
+def compiled(model: Decoder, *, whole: bool = True) -> Any:
+    """The model's forward pass, compiled: as one graph if `whole`, or layer by layer where ranks share it, so that
+    their collectives are in no graph, and where stages loop, so that no number of loops compiles anything."""
+    if whole and not isinstance(model.stack, LoopedStack):
         return torch.compile(model, fullgraph=True)
     for module in model.stack.modules():
         if isinstance(module, Block):

@@ -2,7 +2,7 @@
 
 import difflib
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -27,6 +27,20 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"config: cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config: {path} is not valid TOML: {error}") from error
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """A table of "section.field=VALUE" items, whose values are TOML's. Raises ConfigError naming the item."""
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        import tomli as tomllib  # type: ignore[no-redef,import-not-found,unused-ignore]
+    try:
+        return tomllib.loads("\n".join(settings))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(
+            f"--set must be section.field=VALUE with a TOML value, got {list(settings)}: {error}"
+        ) from error
 
 
 def _check_type(value: Any, hint: Any, key: str, source: str) -> Any:

@@ -26,8 +26,8 @@ def split_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter
     return decayed, plain
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer of a run; the learning rate is set at every step.
+def build_optimizer(model: nn.Module, config: OptimizerConfig, root_group: Any = None) -> torch.optim.Optimizer:
+    """The optimizer of a run; the learning rate is set at every step. `root_group`: processes that share the roots.
 
     adamw: fused AdamW with two groups. shampoo: the matrices that have decay, apart from the output layer, go to
     Shampoo; the output layer and the rest stay with AdamW, in the same optimizer.
@@ -37,11 +37,15 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         fused = all(p.device.type != "meta" for p in decayed + plain)
         return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
-    return _shampoo(model, config, decayed, plain)
+    return _shampoo(model, config, decayed, plain, root_group)
 
 
 def _shampoo(
-    model: nn.Module, config: OptimizerConfig, decayed: list[nn.Parameter], plain: list[nn.Parameter]
+    model: nn.Module,
+    config: OptimizerConfig,
+    decayed: list[nn.Parameter],
+    plain: list[nn.Parameter],
+    root_group: Any,
 ) -> torch.optim.Optimizer:
     # torch.optim alone is what most runs need.
     from effkern.optim.shampoo import Shampoo
@@ -72,6 +76,7 @@ def _shampoo(
         precondition_frequency=chosen.precondition_frequency,
         start_step=chosen.start_step,
         block_size=chosen.block_size,
+        root_group=root_group,
     )
 
 

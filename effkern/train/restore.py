@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -13,6 +13,9 @@ from effkern.train.checkpoint import Checkpoint, CheckpointError, load_checkpoin
 from effkern.train.config import FREE_ON_RESUME, TrainConfig
 from effkern.train.mapping import differences, overlay
 from effkern.train.state_codec import decode, encode
+
+if TYPE_CHECKING:
+    from effkern.train.shards import Place
 
 
 class Stored(Protocol):
@@ -67,7 +70,10 @@ class LoadedModel:
 
     @property
     def weights_hash(self) -> str:
-        return self.meta["files"]["model.safetensors"]
+        files = self.meta["files"]
+        if "model.safetensors" in files:
+            return files["model.safetensors"]
+        return hashlib.sha256("".join(digest for _, digest in sorted(files.items())).encode()).hexdigest()
 
 
 def snapshot(
@@ -109,6 +115,23 @@ def check_same_run(checkpoint: Checkpoint, config: TrainConfig, inputs: Inputs) 
             + "\n  ".join(wrong)
             + "\nChoose another run.out, or --run.restart to throw the stored run away."
         )
+
+
+def placement(model: Stored, optimizer: torch.optim.Optimizer) -> "Place":
+    """Where the tensors of a checkpoint belong: weights and what the optimizer holds of their shape as they are cut,
+    the rest whole."""
+    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def place(name: str, size: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        like = weights.get(name)
+        if name.startswith("state.optimizer.state."):
+            like = parameters[int(name.split(".")[3])]
+        if like is not None and like.shape == size:
+            return torch.empty_like(like, dtype=dtype, requires_grad=False)
+        return torch.empty(size, dtype=dtype)
+
+    return place
 
 
 def restore(checkpoint: Checkpoint, model: Stored, optimizer: torch.optim.Optimizer) -> RunState:

@@ -14,9 +14,8 @@ from effkern.train.config import TrainConfig
 from effkern.train.device import autocast
 from effkern.train.exit_loss import exit_loss
 from effkern.train.optimizer import set_rate
+from effkern.train.parallel import ALONE, IGNORE, Alone
 from effkern.train.timing import StepTimer
-
-IGNORE = -100
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,9 @@ def train_step(
     dtype: torch.dtype,
     timer: StepTimer,
     step: int = 0,
+    parallel: Alone = ALONE,
 ) -> StepResult:
-    """One update from `tokens` [batch, seq_len + 1]; `forward` is `model` or its compiled form.
+    """One update from `tokens` [this rank's rows, seq_len + 1]; `forward` is `model`, its compiled or its wrapped form.
 
     Every micro-batch divides by the number of supervised tokens of the whole step, so that accumulation gives the
     gradient of the whole batch. The teacher runs only where omega > 0; `labels` are a cache's, in its place.
@@ -63,48 +63,52 @@ def train_step(
     A looped model draws its loops from `step`: the same for all micro-batches, and again after a resume.
     """
     looped = {"step": step} if model.config.stack == "looped" else {}
-    denom = int((tokens[:, 1:] != IGNORE).sum())
+    denom = parallel.denominator(tokens[:, 1:])
     optimizer.zero_grad(set_to_none=True)
     sums = torch.zeros(4, dtype=torch.float64, device=tokens.device)
-    for first, rows in enumerate(tokens.split(config.data.micro_rows)):
+    loss_op = parallel.spread_loss or linear_distill_loss
+    parts = tokens.split(config.data.micro_rows)
+    for first, rows in enumerate(parts):
         inputs, targets = rows[:, :-1], rows[:, 1:].flatten()
-        if model.config.loop.exit_gate:
-            with autocast(tokens.device, dtype), timer.measure("loss"):
-                exits = exit_loss(model, inputs, targets, step=step, ignore=IGNORE, denom=denom)
-            timer.backward(exits.loss)
-            parts = (exits.loss.detach() * denom, exits.ce.sum(), exits.ce.new_zeros(()), exits.hit.sum())
-            sums += torch.stack([part.double() for part in parts])
-            continue
-        with autocast(tokens.device, dtype):
-            target: TeacherHidden | TeacherTopK | None = None
-            # A cache has the temperature in its labels.
-            teacher_temperature = config.teacher.temperature if labels is None else 1.0
-            if omega > 0 and labels is not None:
-                target = labels.rows(first * config.data.micro_rows, len(rows))
-            elif omega > 0 and teacher is not None:
-                with timer.measure("teacher"), torch.no_grad():
-                    target = TeacherHidden(teacher(inputs).flatten(0, 1), teacher.head_weight)
-            hidden = forward(inputs, **looped).flatten(0, 1)
-            timer.watch(hidden)
-            with timer.measure("loss"):
-                result = linear_distill_loss(
-                    hidden,
-                    model.head_weight,
-                    targets,
-                    teacher=target,
-                    omega=None if target is None else omega,
-                    temperature=None if target is None else config.teacher.student_temperature,
-                    teacher_temperature=None if target is None else teacher_temperature,
-                    ignore_index=IGNORE,
-                    vocab_valid=model.vocab_valid,
-                    denom=denom,
-                )
-        timer.backward(result.loss)
+        with parallel.accumulate(forward, last=first == len(parts) - 1):
+            if model.config.loop.exit_gate:
+                with autocast(tokens.device, dtype), timer.measure("loss"):
+                    exits = exit_loss(model, inputs, targets, step=step, ignore=IGNORE, denom=denom)
+                timer.backward(exits.loss)
+                found = (exits.loss.detach() * denom, exits.ce.sum(), exits.ce.new_zeros(()), exits.hit.sum())
+                sums += torch.stack([part.double() for part in found])
+                continue
+            with autocast(tokens.device, dtype):
+                target: TeacherHidden | TeacherTopK | None = None
+                # A cache has the temperature in its labels.
+                teacher_temperature = config.teacher.temperature if labels is None else 1.0
+                if omega > 0 and labels is not None:
+                    target = labels.rows(first * config.data.micro_rows, len(rows))
+                elif omega > 0 and teacher is not None:
+                    with timer.measure("teacher"), torch.no_grad():
+                        target = TeacherHidden(teacher(inputs).flatten(0, 1), teacher.head_weight)
+                hidden = forward(inputs, **looped).flatten(0, 1)
+                timer.watch(hidden)
+                with timer.measure("loss"):
+                    result = loss_op(
+                        hidden,
+                        model.head_weight,
+                        targets,
+                        teacher=target,
+                        omega=None if target is None else omega,
+                        temperature=None if target is None else config.teacher.student_temperature,
+                        teacher_temperature=None if target is None else teacher_temperature,
+                        ignore_index=IGNORE,
+                        vocab_valid=model.vocab_valid,
+                        denom=denom,
+                    )
+            timer.backward(result.loss)
         stats = result.stats
-        parts = (result.loss.detach() * denom, stats.ce.sum(), stats.divergence.sum(), stats.hit.sum())
-        sums += torch.stack([part.double() for part in parts])
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm or torch.inf)
-    loss, ce, divergence, hits = (sums / max(1, denom)).tolist()
+        found = (result.loss.detach() * denom, stats.ce.sum(), stats.divergence.sum(), stats.hit.sum())
+        sums += torch.stack([part.double() for part in found])
+    norm = parallel.clip(model, config.optimizer.clip_norm or torch.inf)
+    count = parallel.tokens(denom)
+    loss, ce, divergence, hits = (parallel.total(sums) / max(1, count)).tolist()
     norm_value = float(norm)
     # A NaN that sits in the loss alone would not show in the gradient, and the other way round.
     applied = bool(np.isfinite(loss) and np.isfinite(norm_value))
@@ -112,4 +116,4 @@ def train_step(
         set_rate(optimizer, rate)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss, ce, divergence, hits, norm_value, denom, applied)
+    return StepResult(loss, ce, divergence, hits, norm_value, count, applied)
