@@ -329,9 +329,10 @@ def data(arguments: Sequence[str]) -> int:
     commands: dict[str, Callable[..., int]] = {"build": data_build, "stats": data_stats}
     # Its arguments are a dataclass of the trainer, so that its import takes as long as torch's.
     if list(arguments[:1]) not in (["build"], ["stats"]):
+        from effkern.cli_data import COMMANDS
         from effkern.cli_soft_labels import soft_labels
 
-        commands["soft-labels"] = soft_labels
+        commands |= {"soft-labels": soft_labels, **COMMANDS}
     return tyro.extras.subcommand_cli_from_dict(commands, prog="effkern data", args=list(arguments))
 
 
@@ -351,7 +352,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "finetune": ("train LoRA adapters on a checkpoint (LoRA-RITE, AdamW ...), merge and export", finetune),
     "eval": ("loss, accuracy and bits per byte of a checkpoint", _tyro(evaluate, "eval")),
     "generate": ("continue a prompt with a checkpoint", _tyro(generate, "generate")),
-    "data": ("build: pack text; stats: what a dataset holds; soft-labels: write a teacher's labels for it", data),
+    "data": ("build, stats, soft-labels; dedup, embed, score, cluster, select, mix, report: choose the text", data),
     "doctor": ("what was built, and what each op uses here: --json", _tyro(doctor, "doctor")),
     "bench": ("benchmark suite of a source checkout; distill --explain: the cost model, anywhere", bench),
 }

@@ -6,7 +6,9 @@
 
 namespace effkern {
 
+void bind_linkage(pybind11::module_& module);
 void bind_pack(pybind11::module_& module);
+void bind_segments(pybind11::module_& module);
 void bind_soft_labels(pybind11::module_& module);
 void bind_windows(pybind11::module_& module);
 

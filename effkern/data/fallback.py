@@ -142,3 +142,73 @@ def unpack_soft_labels(
 def _check_layout(op: str, id_bits: int, width: int) -> None:
     if width not in (3, 4) or not 1 <= id_bits < 8 * width:
         raise ValueError(f"{op}: width must be 3 or 4 and id_bits in [1, 8 * width), got {width} and {id_bits}")
+
+
+def segment_stats(
+    labels: NDArray[np.int64],
+    values: NDArray[np.float64],
+    sources: NDArray[np.int64],
+    num_segments: int,
+    num_sources: int,
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    if not labels.ndim == values.ndim == sources.ndim == 1 or not labels.size == values.size == sources.size:
+        raise ValueError("segment_stats: labels, values and sources must be vectors of one length")
+    inside = labels >= 0
+    labels, values, sources = labels[inside], values[inside], sources[inside]
+    wrong = (labels >= num_segments) | (sources < 0) | (sources >= num_sources)
+    if wrong.any():
+        raise ValueError(
+            f"segment_stats: labels and sources must be below {num_segments} and {num_sources}, "
+            f"got {labels[wrong][0]} and {sources[wrong][0]}"
+        )
+    counts = np.bincount(labels, minlength=num_segments)
+    means = np.bincount(labels, weights=values, minlength=num_segments) / np.maximum(counts, 1)
+    squares = np.bincount(labels, weights=(values - means[labels]) ** 2, minlength=num_segments).astype(np.float64)
+    pairs = np.bincount(labels * num_sources + sources, minlength=num_segments * num_sources)
+    largest = pairs.reshape(num_segments, num_sources).max(1, initial=0)
+    return counts.astype(np.int64), means, squares, largest.astype(np.int64)
+
+
+def complete_linkage(
+    points: NDArray[np.float32], neighbors: NDArray[np.int64], most: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    if points.ndim != 2 or neighbors.ndim != 2 or len(points) != len(neighbors):
+        raise ValueError("complete_linkage: points and neighbors must be [N, D] and [N, k]")
+    if neighbors.size and neighbors.max() >= len(points):
+        raise ValueError(f"complete_linkage: neighbors must be below {len(points)}, got {neighbors.max()}")
+    wide = points.astype(np.float64)
+
+    def farthest(a: list[int], b: list[int]) -> float:
+        return float(((wide[a][:, None] - wide[b]) ** 2).sum(2).max())
+
+    members = {i: [i] for i in range(len(points))}
+    links: dict[int, dict[int, float]] = {i: {} for i in members}
+    for i, row in enumerate(neighbors.tolist()):
+        for j in row:
+            if j >= 0 and j != i and (distance := farthest([i], [j])) <= most:
+                links[i][j] = links[j][i] = distance
+    merges: list[tuple[int, int, float]] = []
+    while True:
+        # Ties by the pair's numbers, so that some pair is always reciprocal.
+        nearest = {
+            a: min(near, key=lambda b: (near[b], min(a, b), max(a, b)))
+            for a, near in links.items() if near
+        }  # fmt: skip
+        pairs = [(a, b) for a, b in nearest.items() if a < b and nearest[b] == a]
+        if not pairs:
+            break
+        for a, b in pairs:
+            merges.append((a, b, links[a][b]))
+            of_a, of_b = links.pop(a), links.pop(b)
+            links[a] = {}
+            for c in sorted((of_a.keys() | of_b.keys()) - {a, b}):
+                distance = max(
+                    of[c] if c in of else farthest(members[own], members[c]) for own, of in ((a, of_a), (b, of_b))
+                )
+                links[c].pop(a, None)
+                links[c].pop(b, None)
+                if distance <= most:
+                    links[a][c] = links[c][a] = distance
+            members[a] += members.pop(b)
+    firsts, seconds, heights = (np.array(part) for part in zip(*merges)) if merges else ([], [], [])
+    return np.asarray(firsts, np.int64), np.asarray(seconds, np.int64), np.asarray(heights, np.float64)

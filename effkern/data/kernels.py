@@ -91,3 +91,45 @@ def unpack_soft_labels(
     return _native.unpack_soft_labels(
         entries, counts, id_bits, width, slots, vocab, head, head_table, tail_table, log_tail
     )
+
+
+def segment_stats(
+    labels: NDArray[np.int64],
+    values: NDArray[np.float64],
+    sources: NDArray[np.int64],
+    num_segments: int,
+    num_sources: int,
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """What a clustering's scores need of each cluster, in one pass over the examples.
+
+    Args:
+        labels: int64 [N], each below num_segments; a negative one is in no cluster.
+        values: float64 [N].
+        sources: int64 [N], each in [0, num_sources).
+
+    Returns:
+        counts, means, sums of squared deviations from the mean, examples of the most frequent source, [num_segments].
+
+    Raises:
+        ValueError: lengths differ, or a label or source is out of range.
+    """
+    return _native.segment_stats(labels, values, sources, num_segments, num_sources)
+
+
+def complete_linkage(
+    points: NDArray[np.float32], neighbors: NDArray[np.int64], most: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Merges (first, second, height) of reciprocal agglomerative clustering with complete linkage.
+
+    Clusters are merged that an edge of the graph joins, each the other's nearest. Height: the largest squared distance
+    between the two, over all pairs, computed where the graph lacks them; none above `most`. A cluster is named by its
+    smallest member. A merge comes after those of its parts, and is no lower.
+
+    Args:
+        points: float32 [N, D].
+        neighbors: int64 [N, k], -1 for none.
+
+    Raises:
+        ValueError: shapes do not fit together, or a neighbor is no point.
+    """
+    return _native.complete_linkage(points, neighbors, most)
