@@ -105,15 +105,19 @@ class BatchOrder:
 
     def indices(self, step: int) -> NDArray[np.int64]:
         """Numbers of the windows in this process's rows of batch `step`."""
+        return self._draw(step, self.num_windows, f"order:{self.seed}")
+
+    def _draw(self, step: int, size: int, key: str) -> NDArray[np.int64]:
+        """This process's rows of batch `step` of permutations of range(size), one after another."""
         if step < 0:
             raise ValueError(f"BatchOrder: step must be at least 0, got {step}")
         first = step * self.batch_size
         positions = np.arange(first + self._rows.start, first + self._rows.stop, dtype=np.int64)
-        epochs, places = np.divmod(positions, self.num_windows)
+        epochs, places = np.divmod(positions, size)
         indices = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
             chosen = epochs == epoch
-            indices[chosen] = permute(places[chosen], self.num_windows, f"order:{self.seed}:{epoch}")
+            indices[chosen] = permute(places[chosen], size, f"{key}:{epoch}")
         return indices
 
     def batch(self, step: int) -> NDArray[np.int64]:

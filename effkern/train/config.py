@@ -52,6 +52,9 @@ class DataConfig:
     """Sequences of one forward pass; 0 is batch_size. Smaller: gradient accumulation, the same loss."""
     seed: int = 0
     """Of the data order, which is a function of (seed, step)."""
+    selection: str = ""
+    """What `effkern data select` kept of data.path: the steps with a teacher draw from it alone (SALT_DS), or all steps
+    of a run without one."""
     workers: int = 0
     """Processes that read batches ahead (effkern.train.feed); 0 reads them in the run's own process."""
 
@@ -318,7 +321,7 @@ _FREE_RUN_FIELDS = (
 )
 # A run may be resumed with other values of these: they cannot change what is computed.
 # The paths may move; the hashes of what they point to are compared instead.
-FREE_PATHS = ("data.path", "teacher.checkpoint", "teacher.cache", "lora.checkpoint")
+FREE_PATHS = ("data.path", "data.selection", "teacher.checkpoint", "teacher.cache", "lora.checkpoint")
 # Another number of ranks, or another way to share a run, changes the order of sums and nothing else.
 _FREE_SHARING = ("mode", "replicas", "vocab_parallel", "reshard_after_forward", "timeout_s")
 FREE_ON_RESUME = frozenset(

@@ -118,10 +118,22 @@ class Trainer:
             )
         _check_gate(config)
         self.inputs = Inputs.of(self.dataset)
-        self.order = BatchOrder(
-            self.dataset, seq_len=config.data.seq_len, batch_size=config.data.batch_size, seed=config.data.seed,
-            rank=self.parallel.rank, world_size=self.parallel.world,
-        )  # fmt: skip
+        self.order = self._order()
+
+    def _order(self) -> BatchOrder:
+        data = self.config.data
+        sizes: dict[str, Any] = {
+            "seq_len": data.seq_len, "batch_size": data.batch_size, "seed": data.seed,
+            "rank": self.parallel.rank, "world_size": self.parallel.world,
+        }  # fmt: skip
+        if not data.selection:
+            return BatchOrder(self.dataset, **sizes)
+        from effkern.data.curation.selected_order import SelectedOrder
+
+        until = teacher_steps(self.config.schedule) or self.config.schedule.steps
+        order = SelectedOrder(self.dataset, selection=data.selection, until=until, **sizes)
+        self.inputs = replace(self.inputs, selection=order.selection.hash)
+        return order
 
     def _model(self) -> Decoder:
         return Decoder(self.config.model, seed=self.config.run.seed, device=self.device)

@@ -52,6 +52,8 @@ class Inputs:
     """Of the soft-label cache, where there is one in place of a teacher."""
     base: str = ""
     """Of the weights below an adapter."""
+    selection: str = ""
+    """Of the windows that the first steps draw from."""
 
     @staticmethod
     def of(dataset: PackedDataset) -> "Inputs":
@@ -102,7 +104,7 @@ def check_same_run(checkpoint: Checkpoint, config: TrainConfig, inputs: Inputs) 
     begun = overlay(TrainConfig(), checkpoint.data["config"], source=f"checkpoint {checkpoint.path}")
     wrong = differences(asdict(begun), config, FREE_ON_RESUME)
     stored = checkpoint.data["inputs"]
-    for name in ("dataset", "tokenizer", "base"):
+    for name in ("dataset", "tokenizer", "base", "selection"):
         if stored.get(name, "") != getattr(inputs, name):
             wrong.append(f"{name} (hash): {stored.get(name, '')[:12]} -> {getattr(inputs, name)[:12]}")
     # No teacher is loaded after the switch, so there is none to compare.
