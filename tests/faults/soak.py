@@ -2,7 +2,7 @@
 
 The demo's student with its checkpoints, validation, log and TensorBoard, on a corpus of made-up sentences. Resident
 memory is read after every step. It goes up and down within a step, by what the allocator gives back; what counts is its
-level, the median of each tenth of the run, after the first, in which allocator and caches fill.
+level, the median of each tenth of the run, after the first, in which allocator and caches fill. The lowest and the highest single reading are printed beside it.
 """
 
 import argparse
@@ -56,6 +56,9 @@ def soak(minutes: float, folder: Path) -> dict[str, Any]:
         "validations": result.state.step // config.run.eval_every,
         "levels_mib": levels,
         "spread": round(max(levels[1:]) / min(levels[1:]) - 1, 4),
+        # Single readings, also within the first part.
+        "lowest_mib": round(min(size for _, size in held), 1),
+        "highest_mib": round(max(size for _, size in held), 1),
     }
 
 
