@@ -16,7 +16,7 @@ from effkern.ops import registry
 MODULES = {
     "_C": "C++ CPU kernels",
     "_C_cuda": "CUDA C++ kernels",
-    "_data": "token packing, batches and soft labels",
+    "_data": "token packing, batches, soft labels, clusters",
 }
 
 
