@@ -183,6 +183,23 @@ def test_logits_beside_the_loss():
     assert patch(unpatch(model), {"skip_logits": True}).eval()(**inputs).logits is None
 
 
+@pytest.mark.parametrize(
+    ("sizes", "options"), [({}, {"z_loss": 0.1}), ({}, {"label_smoothing": 0.3}), ({"vocab_size": 64}, {})]
+)
+def test_logits_do_not_change_the_loss(sizes, options):
+    """z_loss, smoothing and a padded vocabulary count in evaluation, too, and with skip_logits=False."""
+    model, inputs = causal("Gemma2", **sizes), batch()
+    model.config.vocab_size = VOCAB
+    logits = model(input_ids=inputs["input_ids"]).logits
+    want = loss_step(patch(model, options), inputs)
+    same_step(loss_step(model, inputs, skip_logits=False), want, 1e-7)
+    for output in (model(**inputs, skip_logits=False), model.eval()(**inputs)):
+        assert rel_err(output.loss, want[0].double()) < 1e-6
+        assert torch.equal(output.logits, logits)
+    with pytest.raises(ValueError, match="logits_to_keep must be 0 with a teacher, or with a z_loss, .* got 3"):
+        model(**inputs, logits_to_keep=3)
+
+
 def test_generate_and_its_caches_are_untouched():
     model, ids = causal("Qwen3"), tokens(2, 5)
     options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}

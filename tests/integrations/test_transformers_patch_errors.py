@@ -117,7 +117,7 @@ def test_calls_that_cannot_be_answered():
     ids = {"input_ids": inputs["input_ids"]}
     with pytest.raises(ValueError, match=r"LlamaForCausalLM: labels must be given with a teacher .* got None"):
         model(**ids, teacher=teacher)
-    with pytest.raises(ValueError, match="logits_to_keep must be 0 with a teacher, got 3"):
+    with pytest.raises(ValueError, match="logits_to_keep must be 0 with a teacher, .* got 3"):
         model(**inputs, teacher=teacher, logits_to_keep=3)
     with pytest.raises(ValueError, match="must come together, got teacher_ids alone"):
         model(**inputs, teacher_ids=torch.zeros(3, 11, 1, dtype=torch.int64))

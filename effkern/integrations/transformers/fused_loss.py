@@ -37,6 +37,8 @@ class FusedLoss:
     """The class of forward's result."""
     fields: tuple[str, ...]
     """Of it, those that the backbone's result has too."""
+    neutral: bool
+    """Without a teacher the loss is the library's own: no z_loss, no smoothing, no rows of padding."""
 
 
 @dataclass
@@ -64,7 +66,10 @@ def head_forward(self: Any, input: Tensor, effkern_call: Call | None = None) -> 
 
 
 def model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The model: as the library's, but with labels there are no logits while it trains, nor with skip_logits=True."""
+    """The model: as the library's, but with labels there are no logits while it trains, nor with skip_logits=True.
+
+    Where there are logits beside the loss, the library computes both as long as that is the same loss.
+    """
     own: FusedLoss = self.effkern_loss
     given = {**dict(zip(own.names, args)), **kwargs}
     asked = {name: given.pop(name, None) for name in EXTRA}
@@ -72,11 +77,13 @@ def model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     labels, kept = given.get("labels"), given.get("logits_to_keep", 0)
     if teacher is not None and labels is None:
         raise ValueError(f"{_name(self)}: labels must be given with a teacher (-100 for tokens without), got None")
-    if teacher is not None and not (isinstance(kept, int) and kept == 0):
-        raise ValueError(f"{_name(self)}: logits_to_keep must be 0 with a teacher, got {kept!r}")
+    every = isinstance(kept, int) and kept == 0
+    if not every and labels is not None and (teacher is not None or not own.neutral):
+        rule = "0 with a teacher, or with a z_loss, smoothing or padding,"
+        raise ValueError(f"{_name(self)}: logits_to_keep must be {rule} got {kept!r}")
     skip = asked["skip_logits"] if asked["skip_logits"] is not None else own.skip_logits
     skip = self.training if skip is None else skip
-    if labels is None or not (isinstance(kept, int) and kept == 0) or (teacher is None and not skip):
+    if labels is None or not every or (teacher is None and own.neutral and not skip):
         return original_class(self).forward(self, **given)
 
     return_dict = given.get("return_dict")

@@ -47,7 +47,7 @@ def patch(
         teacher_ids, teacher_logprobs: [batch, length, K], in place of `teacher`: sparse labels as columns of a data
             set. transformers' Trainer keeps columns of these names.
         omega: weight of the teacher, in place of that of `distill_loss`.
-        skip_logits: True: no logits beside a loss; False: logits, too; None: True while training.
+        skip_logits: True: no logits beside a loss; False: logits, too; None: True while training. The loss is the same.
 
     Args:
         model: changed in place; a PEFT model's inside. Patch before torch.compile, FSDP2 and accelerate's prepare; PEFT
@@ -147,7 +147,8 @@ def _plan(op: str, causal: Any, options: Mapping[str, Any]) -> FusedLoss:
     fields = tuple(f.name for f in dataclasses.fields(output) if f.name not in ("loss", "logits"))
     parameters = inspect.signature(type(causal).forward).parameters.values()
     names = tuple(p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return FusedLoss(head, loss_fn, omega, kind, skip, names[1:], output, fields)
+    neutral = vocab == rows == head.vocab and not (rest.get("z_loss") or rest.get("label_smoothing"))
+    return FusedLoss(head, loss_fn, omega, kind, skip, names[1:], output, fields, neutral)
 
 
 def _change_layers(causal: nn.Module, laurel: Any, loop: Any) -> list[str]:
