@@ -1,5 +1,7 @@
 """patch: what it refuses, by class and reason, and that the model is then as it was."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -42,6 +44,23 @@ def own_head_forward(model):
     model.lm_head.forward = lambda x: x
 
 
+def float8_head(model):
+    model.lm_head.weight = nn.Parameter(torch.zeros(VOCAB, 32).to(torch.float8_e4m3fn), requires_grad=False)
+
+
+def watched_head(model):
+    model.lm_head.register_forward_hook(lambda module, given, logits: logits / 2.0)
+
+
+def head_with_a_gradient_hook(model):
+    model.lm_head.register_full_backward_pre_hook(lambda module, grads: None)
+
+
+def head_of_a_patched_model(model):
+    model.lm_head = patch(causal("Qwen2")).lm_head
+    model.config.tie_word_embeddings = False
+
+
 def nothing(model):
     return None
 
@@ -52,6 +71,10 @@ def nothing(model):
         (untied, {}, ValueError, r"output layer of Qwen2ForCausalLM must be tied to the embedding, .* got a weight of"),
         (other_head, {}, TypeError, r"layer of Qwen2ForCausalLM must be a torch.nn.Linear .* got .*Int8Head"),
         (integer_head, {}, TypeError, r"must have an unquantized floating weight, got Tensor of torch.int8"),
+        (float8_head, {}, TypeError, r"must have an unquantized floating weight, got Tensor of torch.float8_e4m3fn"),
+        (watched_head, {}, ValueError, r"output layer of Qwen2ForCausalLM must have no hooks, .* got 1 forward hooks"),
+        (head_with_a_gradient_hook, {}, ValueError, r"Qwen2ForCausalLM must have no hooks, .* got 1 backward hooks"),
+        (head_of_a_patched_model, {}, ValueError, r"of Qwen2ForCausalLM must be unchanged and its own .* got a patched"),
         (small_head, {}, ValueError, r"must cover config.vocab_size=61, got 60 rows"),
         (own_loss, {}, ValueError, r"loss of Qwen2ForCausalLM must be transformers' ForCausalLMLoss, got mse_loss"),
         (own_forward, {}, ValueError, r"Qwen2ForCausalLM must have its class's forward .* got one of its own"),
@@ -109,6 +132,22 @@ def test_other_architectures_and_wrapped_models():
         patch(causal("Gemma3n"), laurel="rw")
     with pytest.raises(ValueError, match="unpatch: model must be one that patch was applied to, got LlamaForCausalLM"):
         unpatch(causal("Llama"))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_class_whose_forward_was_replaced(wrapped, monkeypatch):
+    """For all models at once, as other packages do; with functools.wraps it looks like the library's own."""
+    own = transformers.LlamaForCausalLM
+    forward = own.forward
+
+    def doubled(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.loss = 2 * output.loss
+        return output
+
+    monkeypatch.setattr(own, "forward", functools.wraps(forward)(doubled) if wrapped else doubled)
+    with pytest.raises(ValueError, match=rf"must have the library's forward .* got one of {__name__}"):
+        patch(causal("Llama"))
 
 
 def test_calls_that_cannot_be_answered():
