@@ -277,6 +277,24 @@ def test_copies_pickles_and_saved_models(tmp_path):
         unpatch(other)
 
 
+def test_new_models_of_a_patched_models_class(tmp_path):
+    """type(model)(config) and from_pretrained give models without a patch, which may get one."""
+    model, inputs = patch(causal("Llama")).train(), batch()
+    want = loss_step(model, inputs)
+    model.save_pretrained(tmp_path)
+    fresh = type(model)(model.config)
+    fresh.load_state_dict(model.state_dict())
+    for other in (fresh, type(model).from_pretrained(tmp_path)):
+        other.train()
+        assert other(**inputs).logits is not None
+        with pytest.raises(TypeError, match="must be patched itself to take a teacher .* got omega"):
+            other(**inputs, omega=0.5)
+        same_step(loss_step(other, inputs), want)
+        same_step(loss_step(patch(other), inputs), want, 1e-7)
+        assert other(**inputs).logits is None
+        assert type(unpatch(other)) is transformers.LlamaForCausalLM
+
+
 @pytest.mark.parametrize("family", ["Llama", "GPT2"])
 def test_gradient_checkpointing(family):
     model, inputs = causal(family), batch()

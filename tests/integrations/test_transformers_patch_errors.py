@@ -154,6 +154,10 @@ def test_calls_that_cannot_be_answered():
     model, inputs = patch(causal("Llama"), KD).train(), batch()
     teacher = effkern.TeacherLogits(torch.randn(3, 11, VOCAB))
     ids = {"input_ids": inputs["input_ids"]}
+    with pytest.raises(TypeError, match="LlamaForCausalLM: input_ids must be given once"):
+        model(ids["input_ids"], **inputs)
+    with pytest.raises(TypeError, match="forward must get at most 8 arguments by position, got 9"):
+        model(*[None] * 9)
     with pytest.raises(ValueError, match=r"LlamaForCausalLM: labels must be given with a teacher .* got None"):
         model(**ids, teacher=teacher)
     with pytest.raises(ValueError, match="logits_to_keep must be 0 with a teacher, .* got 3"):

@@ -70,8 +70,10 @@ def model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
     Where there are logits beside the loss, the library computes both as long as that is the same loss.
     """
-    own: FusedLoss = self.effkern_loss
-    given = {**dict(zip(own.names, args)), **kwargs}
+    own: FusedLoss | None = vars(self).get("effkern_loss")
+    if own is None:
+        return _unpatched(self, args, kwargs)
+    given = _by_name(self, own.names, args, kwargs)
     asked = {name: given.pop(name, None) for name in EXTRA}
     teacher = _teacher(self, own, asked)
     labels, kept = given.get("labels"), given.get("logits_to_keep", 0)
@@ -106,6 +108,26 @@ setattr(model_forward, EXTRA_ARGUMENTS, EXTRA)
 
 def _name(model: nn.Module) -> str:
     return type(model).__name__
+
+
+def _unpatched(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """A new model of a patched one's class, as type(model)(config) makes it: the library's."""
+    asked = [name for name in EXTRA if kwargs.get(name) is not None]
+    if asked:
+        rule = "be patched itself to take a teacher (it was made with the class of a patched model)"
+        raise TypeError(f"{_name(model)}: the model must {rule}, got {', '.join(asked)}")
+    plain = {name: value for name, value in kwargs.items() if name not in EXTRA}
+    return original_class(model).forward(model, *args, **plain)
+
+
+def _by_name(model: nn.Module, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of forward, which takes `names` by position."""
+    if len(args) > len(names):
+        raise TypeError(f"{_name(model)}: forward must get at most {len(names)} arguments by position, got {len(args)}")
+    twice = [name for name in names[: len(args)] if name in kwargs]
+    if twice:
+        raise TypeError(f"{_name(model)}: {twice[0]} must be given once, got it by position and by name")
+    return {**dict(zip(names, args)), **kwargs}
 
 
 def _teacher(model: nn.Module, own: FusedLoss, asked: dict[str, Any]) -> Teacher | None:

@@ -145,7 +145,7 @@ def _plan(op: str, causal: Any, options: Mapping[str, Any]) -> FusedLoss:
     )
     output = heads.output_class(causal, head.family)
     fields = tuple(f.name for f in dataclasses.fields(output) if f.name not in ("loss", "logits"))
-    parameters = inspect.signature(type(causal).forward).parameters.values()
+    parameters = inspect.signature(original_class(causal).forward).parameters.values()
     names = tuple(p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
     neutral = vocab == rows == head.vocab and not (rest.get("z_loss") or rest.get("label_smoothing"))
     return FusedLoss(head, loss_fn, omega, kind, skip, names[1:], output, fields, neutral)

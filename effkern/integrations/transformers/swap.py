@@ -56,10 +56,9 @@ def _rebuild(original: Any, forward: Callable[..., Any]) -> nn.Module:
 
 
 def swap(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Give `module` the method `forward`."""
+    """Give `module` the method `forward`, in place of one that it was given before."""
     _release(module)
-    original: Any = type(module)
-    module.__class__ = _subclass(original, forward)
+    module.__class__ = _subclass(original_class(module), forward)
 
 
 def restore(module: nn.Module) -> None:
