@@ -173,6 +173,32 @@ def test_calls_that_cannot_be_answered():
         model(**inputs)
 
 
+def another_loss(model):
+    model.loss_function = torch.nn.functional.mse_loss
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("Llama", another_loss, r"the loss must be the one that patch has seen \(unpatch, .* got mse_loss"),
+        ("Gemma2", lambda m: setattr(m.config, "final_logit_softcapping", None), "softcap must be 3.0, as .* got None"),
+        ("Granite", lambda m: setattr(m.config, "logits_scaling", 2.0), "logit scale must be 0.4, as .* got 0.5"),
+        ("Llama", lambda m: setattr(m.config, "vocab_size", 60), "vocab_size must be 61, as patch has .* got 60"),
+    ],
+)
+def test_changes_after_patch(family, change, message):
+    """The library's forward would follow them, where training did not."""
+    model, inputs = patch(causal(family)).train(), batch()
+    change(model)
+    with pytest.raises(ValueError, match=f"{type(model).__name__}: .*{message}"):
+        model(**inputs)
+    # The whole of a tied layer may grow with its embedding.
+    model = patch(causal("Llama", tie_word_embeddings=True)).train()
+    model.resize_token_embeddings(70)
+    inputs["labels"].fill_(69)
+    torch.testing.assert_close(model(**inputs).loss, model(**inputs, skip_logits=False).loss)
+
+
 def test_without_any_label_the_loss_is_zero():
     model, inputs = patch(causal("Llama")), batch()
     inputs["labels"].fill_(-100)

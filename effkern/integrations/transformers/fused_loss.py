@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effkern.integrations.transformers.heads import Head, capped
+from effkern.integrations.transformers.heads import Head, capped, require_as_seen
 from effkern.integrations.transformers.swap import EXTRA_ARGUMENTS, is_swapped, original_class
 from effkern.nn.distill import LinearDistillLoss
 from effkern.ops.distill import TeacherTopK
@@ -88,12 +88,13 @@ def model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if labels is None or not every or (teacher is None and own.neutral and not skip):
         return original_class(self).forward(self, **given)
 
+    layer = _output_layer(self)
+    require_as_seen(_name(self), self, own.head, resizable=own.loss_fn.options["vocab_valid"] is None)
     return_dict = given.get("return_dict")
     # The library's own forward does the same with what it does not know.
     passed_on = {name: value for name, value in given.items() if name not in _OF_LOSS}
     outputs = getattr(self, own.head.family.backbone)(**passed_on, return_dict=True)
     hidden = outputs.last_hidden_state
-    layer = _output_layer(self)
     omega = None if teacher is None else own.omega if asked["omega"] is None else asked["omega"]
     call = Call(own.loss_fn, _next_labels(labels, given, hidden), teacher, omega, _denominator(given, hidden))
     loss = layer(hidden, effkern_call=call)

@@ -101,9 +101,36 @@ def head_of(op: str, model: Any) -> Head:
     if getattr(config, "tie_word_embeddings", False) and weight is not embedding:
         rule = "be tied to the embedding, as config.tie_word_embeddings says (tie_weights(), or say False there)"
         raise ValueError(f"{op}: the output layer of {name} must {rule}, got a weight of its own")
+    return _configured(model, family)
+
+
+def _configured(model: Any, family: Family) -> Head:
+    config = model.config.get_text_config()
     factor = 1.0 if family.scale is None else float(getattr(config, family.scale))
     cap = getattr(config, "final_logit_softcapping", None)
-    return Head(family, vocab, None if cap is None else float(cap), 1.0 / factor if family.divides else factor)
+    scale = 1.0 / factor if family.divides else factor
+    return Head(family, int(config.vocab_size), None if cap is None else float(cap), scale)
+
+
+def require_as_seen(op: str, model: Any, seen: Head, resizable: bool) -> None:
+    """At a call: the model computes what it did when it was patched.
+
+    Args:
+        resizable: every row of the output layer counts, so that it may have another size by now.
+
+    Raises:
+        ValueError: its loss or its config is another.
+    """
+    undo, now = "(unpatch, change the model, patch again)", _configured(model, seen.family)
+    loss = _foreign_loss(model)
+    if loss is not None:
+        raise ValueError(f"{op}: the loss must be the one that patch has seen {undo}, got {loss}")
+    numbers = [("softcap", seen.softcap, now.softcap), ("logit scale", seen.logit_scale, now.logit_scale)]
+    if not (resizable and now.vocab == model.get_output_embeddings().weight.shape[0]):
+        numbers.append(("vocab_size", seen.vocab, now.vocab))
+    for name, before, after in numbers:
+        if before != after:
+            raise ValueError(f"{op}: the config's {name} must be {before}, as patch has seen it {undo}, got {after}")
 
 
 def require_own_forward(op: str, model: Any) -> None:
@@ -130,9 +157,17 @@ def require_own_forward(op: str, model: Any) -> None:
         if found:
             rule = "have no hooks, for it makes no logits (remove them, patch, and see the model's hidden states)"
             raise ValueError(f"{op}: the output layer of {name} must {rule}, got {len(found)} {kind} hooks")
-    if "_loss_function" in vars(model) or getattr(model, "loss_type", None) not in (None, "ForCausalLM"):
-        got = getattr(vars(model).get("_loss_function"), "__name__", model.loss_type)
-        raise ValueError(f"{op}: the loss of {name} must be transformers' ForCausalLMLoss, got {got}")
+    loss = _foreign_loss(model)
+    if loss is not None:
+        raise ValueError(f"{op}: the loss of {name} must be transformers' ForCausalLMLoss, got {loss}")
+
+
+def _foreign_loss(model: Any) -> str | None:
+    """The name of a loss that is not the library's usual one."""
+    if "_loss_function" in vars(model):
+        return getattr(model._loss_function, "__name__", type(model._loss_function).__name__)
+    kind = getattr(model, "loss_type", None)
+    return None if kind in (None, "ForCausalLM") else kind
 
 
 def _foreign_forward(own: Any) -> str | None:
