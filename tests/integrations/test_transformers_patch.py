@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 import effkern
-from effkern.integrations.transformers import patch, teacher_hidden, unpatch
+from effkern.integrations.transformers import (
+    patch,
+    remove_fused_laurel,
+    remove_laurel,
+    teacher_hidden,
+    unloop_layers,
+    unpatch,
+)
 from tests.integrations.tiny_models import FAMILIES, OTHERS, VOCAB, causal, double, tokens, transformers
 from tests.numerics import assert_as_good_as_eager, rel_err
 
@@ -118,6 +125,17 @@ def test_laurel_and_loops_at_their_neutral_settings(family, options, names):
     unpatch(model)
     assert list(model.state_dict()) == keys
     assert attributes(model) == before
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "undo"),
+    [("Llama", {"laurel": True}, remove_laurel), ("Gemma3n", {"laurel": True}, remove_fused_laurel),
+     ("Llama", {"loop": (1, 3, 2)}, unloop_layers)],
+)  # fmt: skip
+def test_layers_that_were_changed_back_by_hand(family, options, undo):
+    model = causal(family)
+    before = attributes(model)
+    assert attributes(unpatch(undo(patch(model, **options)))) == before
 
 
 def test_loops_do_something_and_generate_runs_them():

@@ -171,4 +171,7 @@ def _next_labels(labels: Tensor, given: dict[str, Any], hidden: Tensor) -> Tenso
 def _denominator(given: dict[str, Any], hidden: Tensor) -> float | Tensor | None:
     """Tokens of all accumulation steps and processes, where the trainer counts them."""
     count = given.get("num_items_in_batch")
-    return count.to(hidden.device).reshape(()) if isinstance(count, Tensor) else count
+    if isinstance(count, Tensor):
+        return count.to(hidden.device).reshape(())
+    # Batches without any label: loss 0.
+    return hidden.new_zeros((), dtype=torch.int64) if count == 0 else count

@@ -12,7 +12,7 @@ from effkern.integrations.transformers.apply import apply_laurel, remove_laurel
 from effkern.integrations.transformers.fused_loss import FusedLoss, head_forward, model_forward
 from effkern.integrations.transformers.gemma3n import remove_fused_laurel, use_fused_laurel
 from effkern.integrations.transformers.loop import loop_layers, unloop_layers
-from effkern.integrations.transformers.swap import is_patched, original_class, path_of, restore, swap
+from effkern.integrations.transformers.swap import is_patched, is_swapped, original_class, path_of, restore, swap
 from effkern.nn.distill import LinearDistillLoss
 from effkern.ops.distill.rows import SPARSE_KINDS
 
@@ -108,8 +108,10 @@ def unpatch(model: Model) -> Model:
     if original_class(causal) not in type(causal).__mro__[:2] or is_patched(causal):
         rule = "be as patch left it (undo sharding, prepare and wrappers first)"
         raise ValueError(f"{op}: model must {rule}, got {type(causal).__module__}.{type(causal).__qualname__}")
+    backbone = getattr(causal, heads.FAMILIES[path_of(causal)].backbone)
     for name in names:
-        if name in _UNDO:
+        # Undone by hand before, layers are the library's again.
+        if name in _UNDO and any(map(is_swapped, backbone.modules())):
             _UNDO[name](causal)
     if "distill_loss" in names:
         restore(causal)
