@@ -89,6 +89,13 @@ def is_patched(module: nn.Module) -> bool:
     return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
+def runs_swapped(module: nn.Module, forward: Callable[..., Any]) -> bool:
+    """True if a call of `module` ends in the `forward` of swap, be it wrapped (mixed precision), not replaced."""
+    own = getattr(type(module), _FORWARD, None)
+    called = inspect.unwrap(vars(module).get("forward", type(module).forward))
+    return own is forward and getattr(called, "__func__", called) is inspect.unwrap(type(module).forward)
+
+
 def _release(module: nn.Module) -> None:
     # transformers 5.0 leaves the class's forward behind on the instance after recording outputs.
     if not is_patched(module):
