@@ -41,9 +41,9 @@ def gkd_loss(
 
     which are TRL's numbers, in float32 sums whatever the inputs are: `GKDTrainer.generalized_jsd_loss =
     staticmethod(gkd_loss)`. (The first TRL releases with GKD mixed log-probabilities; that formula is not covered.)
-    Labels are as TRL passes them: those of the rows, already shifted. A beta below half an eps of the sums' dtype (2^-24 in
-    float32, where 1 - beta is lost) gives the first order of D, beta KL(p, q), which is no less than D; such a 1 - beta
-    gives (1 - beta) KL(q, p).
+    Labels are as TRL passes them: those of the rows, already shifted. A beta below half an eps of the sums' dtype
+    (2^-24 in float32, where 1 - beta is lost) gives the first order of D, beta KL(p, q), which is no less than D; such
+    a 1 - beta gives (1 - beta) KL(q, p).
 
     Args:
         student_logits: [.., V], float32/bfloat16/float16/float64, or (hidden [.., D], weight [V, D]) or (hidden,
@@ -104,7 +104,7 @@ def gkd_loss(
 
 
 def _divergence(beta: float, dtype: torch.dtype) -> tuple[str, float | None, float]:
-    """The divergence with its beta, and the factor before it: a mixture that rounds to one of its parts is that part."""
+    """The divergence with its beta, and a factor: a mixture that rounds to one of its parts is that part."""
     least = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
     if beta < least:
         return "forward_kl", None, beta or 1.0

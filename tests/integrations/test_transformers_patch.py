@@ -214,7 +214,7 @@ def test_logits_do_not_change_the_loss(sizes, options):
     for output in (model(**inputs, skip_logits=False), model.eval()(**inputs)):
         assert rel_err(output.loss, want[0].double()) < 1e-6
         assert torch.equal(output.logits, logits)
-    with pytest.raises(ValueError, match="logits_to_keep must be 0 with a teacher, or with a z_loss, .* got 3"):
+    with pytest.raises(ValueError, match=r"logits_to_keep must be 0 with a teacher, or with a z_loss, .* got 3"):
         model(**inputs, logits_to_keep=3)
 
 
@@ -305,7 +305,7 @@ def test_new_models_of_a_patched_models_class(tmp_path):
     for other in (fresh, type(model).from_pretrained(tmp_path)):
         other.train()
         assert other(**inputs).logits is not None
-        with pytest.raises(TypeError, match="must be patched itself to take a teacher .* got omega"):
+        with pytest.raises(TypeError, match=r"must be patched itself to take a teacher .* got omega"):
             other(**inputs, omega=0.5)
         same_step(loss_step(other, inputs), want)
         same_step(loss_step(patch(other), inputs), want, 1e-7)

@@ -74,7 +74,7 @@ def nothing(model):
         (float8_head, {}, TypeError, r"must have an unquantized floating weight, got Tensor of torch.float8_e4m3fn"),
         (watched_head, {}, ValueError, r"output layer of Qwen2ForCausalLM must have no hooks, .* got 1 forward hooks"),
         (head_with_a_gradient_hook, {}, ValueError, r"Qwen2ForCausalLM must have no hooks, .* got 1 backward hooks"),
-        (head_of_a_patched_model, {}, ValueError, r"of Qwen2ForCausalLM must be unchanged and its own .* got a patched"),
+        (head_of_a_patched_model, {}, ValueError, r"Qwen2ForCausalLM must be unchanged and its own .* got a patched"),
         (small_head, {}, ValueError, r"must cover config.vocab_size=61, got 60 rows"),
         (own_loss, {}, ValueError, r"loss of Qwen2ForCausalLM must be transformers' ForCausalLMLoss, got mse_loss"),
         (own_forward, {}, ValueError, r"Qwen2ForCausalLM must have its class's forward .* got one of its own"),
@@ -160,7 +160,7 @@ def test_calls_that_cannot_be_answered():
         model(*[None] * 9)
     with pytest.raises(ValueError, match=r"LlamaForCausalLM: labels must be given with a teacher .* got None"):
         model(**ids, teacher=teacher)
-    with pytest.raises(ValueError, match="logits_to_keep must be 0 with a teacher, .* got 3"):
+    with pytest.raises(ValueError, match=r"logits_to_keep must be 0 with a teacher, .* got 3"):
         model(**inputs, teacher=teacher, logits_to_keep=3)
     with pytest.raises(ValueError, match="must come together, got teacher_ids alone"):
         model(**inputs, teacher_ids=torch.zeros(3, 11, 1, dtype=torch.int64))

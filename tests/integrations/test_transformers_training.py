@@ -171,7 +171,7 @@ def test_a_forward_put_over_the_patched_one(options, tmp_path):
         return transformers.LlamaForCausalLM.forward(self, input_ids=input_ids, labels=labels)
 
     model.forward = types.MethodType(other, model)
-    with pytest.raises(RuntimeError, match=rf"Distil: the model must run the forward of patch .* got one of {__name__}"):
+    with pytest.raises(RuntimeError, match=rf"Distil: the model must run the forward of patch .* of {__name__}"):
         trainer.train()
 
 

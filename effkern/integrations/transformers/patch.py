@@ -63,8 +63,9 @@ def patch(
 
     Raises:
         ValueError, TypeError: another architecture, a model that is patched already, tied weights that are not tied,
-            an output layer that is quantized or replaced, an option that breaks a rule. The model is as it was. Later,
-            in forward: a teacher without labels, or an output layer that was replaced.
+            an output layer that is quantized, replaced, shared with a patched model or has hooks, a forward that
+            another package put in, an option that breaks a rule. The model is as it was. Later, in forward: a teacher
+            without labels, or an output layer, a loss or a config that is not the one patch has seen.
 
     A batch without any label has loss 0, where transformers gives nan. Logits are float32 inside whatever the model's
     dtype; in bfloat16 the loss is closer to the exact one than the library's.

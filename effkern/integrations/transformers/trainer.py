@@ -17,8 +17,8 @@ class DistillTrainer:
     """Mix-in: `class MyTrainer(DistillTrainer, transformers.Trainer)`, then `MyTrainer(model=..., teacher=..., ...)`.
 
     Every training and evaluation batch gets the teacher's hidden states, and the patched student the loss of both.
-    Divergence, temperatures and smoothing are those that the student was patched with. Works with what comes before Trainer in the
-    order of classes, too (an SFT trainer). Cached labels need no mix-in: see `patch`.
+    Divergence, temperatures and smoothing are those that the student was patched with. Works with what comes before
+    Trainer in the order of classes, too (an SFT trainer). Cached labels need no mix-in: see `patch`.
 
     Args:
         teacher: a causal language model that `patch` covers. Put into evaluation mode and onto the trainer's device; it
