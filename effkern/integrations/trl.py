@@ -41,7 +41,9 @@ def gkd_loss(
 
     which are TRL's numbers, in float32 sums whatever the inputs are: `GKDTrainer.generalized_jsd_loss =
     staticmethod(gkd_loss)`. (The first TRL releases with GKD mixed log-probabilities; that formula is not covered.)
-    Labels are as TRL passes them: those of the rows, already shifted.
+    Labels are as TRL passes them: those of the rows, already shifted. A beta below half an eps of the sums' dtype
+    (2^-24 in float32, where 1 - beta is lost) gives the first order of D, beta KL(p, q), which is no less than D; such
+    a 1 - beta gives (1 - beta) KL(q, p).
 
     Args:
         student_logits: [.., V], float32/bfloat16/float16/float64, or (hidden [.., D], weight [V, D]) or (hidden,
@@ -84,20 +86,31 @@ def gkd_loss(
     flat = torch.zeros(rows, dtype=torch.long, device=first.device) if labels is None else labels.reshape(-1)
     count: Any = (flat != IGNORED).sum() if labels is not None or reduction == "mean" else leading[0]
     denom = {"batchmean": count, "sum": 1, "mean": count * vocab}[reduction]
-    divergence = "forward_kl" if beta == 0 else "reverse_kl" if beta == 1 else "jsd"
-    share = beta if divergence == "jsd" else None
+    divergence, share, size = _divergence(beta, first.dtype)
     teacher = _teacher(teacher_logits, leading)
     if whole:
         if not isinstance(teacher, TeacherLogits):
             got = type(teacher).__name__
             raise TypeError(f"{OP}: teacher_logits must be logits where student_logits are, got {got}")
-        return _from_logits(student_logits, teacher, flat, divergence, share, temperature, denom, vocab, impl)
+        loss = _from_logits(student_logits, teacher, flat, divergence, share, temperature, denom, vocab, impl)
+        return loss * size
     hidden, weight, bias = _parts("student_logits", student_logits)
-    return linear_distill_loss(
+    loss = linear_distill_loss(
         hidden.reshape(rows, -1), weight, flat, teacher=teacher, omega=1.0, divergence=divergence, beta=share,
         temperature=temperature, teacher_temperature=temperature, bias=bias, denom=denom,
         vocab_valid=None if vocab == weight.shape[0] else vocab, impl=impl,
     ).loss  # fmt: skip
+    return loss * size
+
+
+def _divergence(beta: float, dtype: torch.dtype) -> tuple[str, float | None, float]:
+    """The divergence with its beta, and a factor: a mixture that rounds to one of its parts is that part."""
+    least = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
+    if beta < least:
+        return "forward_kl", None, beta or 1.0
+    if 1 - beta < least:
+        return "reverse_kl", None, (1 - beta) or 1.0
+    return "jsd", beta, 1.0
 
 
 def _parts(name: str, given: Any) -> tuple[Tensor, Tensor, Tensor | None]:

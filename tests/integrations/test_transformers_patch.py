@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 import effkern
-from effkern.integrations.transformers import patch, teacher_hidden, unpatch
+from effkern.integrations.transformers import (
+    patch,
+    remove_fused_laurel,
+    remove_laurel,
+    teacher_hidden,
+    unloop_layers,
+    unpatch,
+)
 from tests.integrations.tiny_models import FAMILIES, OTHERS, VOCAB, causal, double, tokens, transformers
 from tests.numerics import assert_as_good_as_eager, rel_err
 
@@ -120,6 +127,17 @@ def test_laurel_and_loops_at_their_neutral_settings(family, options, names):
     assert attributes(model) == before
 
 
+@pytest.mark.parametrize(
+    ("family", "options", "undo"),
+    [("Llama", {"laurel": True}, remove_laurel), ("Gemma3n", {"laurel": True}, remove_fused_laurel),
+     ("Llama", {"loop": (1, 3, 2)}, unloop_layers)],
+)  # fmt: skip
+def test_layers_that_were_changed_back_by_hand(family, options, undo):
+    model = causal(family)
+    before = attributes(model)
+    assert attributes(unpatch(undo(patch(model, **options)))) == before
+
+
 def test_loops_do_something_and_generate_runs_them():
     model, inputs = causal("Qwen2"), batch()
     want, ids = loss_step(model, inputs)[0], tokens(1, 5)
@@ -181,6 +199,23 @@ def test_logits_beside_the_loss():
     assert model(**inputs, skip_logits=True).logits is None
     assert torch.equal(model.train()(**inputs, skip_logits=False).logits, want.logits)
     assert patch(unpatch(model), {"skip_logits": True}).eval()(**inputs).logits is None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"), [({}, {"z_loss": 0.1}), ({}, {"label_smoothing": 0.3}), ({"vocab_size": 64}, {})]
+)
+def test_logits_do_not_change_the_loss(sizes, options):
+    """z_loss, smoothing and a padded vocabulary count in evaluation, too, and with skip_logits=False."""
+    model, inputs = causal("Gemma2", **sizes), batch()
+    model.config.vocab_size = VOCAB
+    logits = model(input_ids=inputs["input_ids"]).logits
+    want = loss_step(patch(model, options), inputs)
+    same_step(loss_step(model, inputs, skip_logits=False), want, 1e-7)
+    for output in (model(**inputs, skip_logits=False), model.eval()(**inputs)):
+        assert rel_err(output.loss, want[0].double()) < 1e-6
+        assert torch.equal(output.logits, logits)
+    with pytest.raises(ValueError, match=r"logits_to_keep must be 0 with a teacher, or with a z_loss, .* got 3"):
+        model(**inputs, logits_to_keep=3)
 
 
 def test_generate_and_its_caches_are_untouched():
@@ -258,6 +293,24 @@ def test_copies_pickles_and_saved_models(tmp_path):
     for other in again:
         same_step(loss_step(other, inputs), want, 1e-7)
         unpatch(other)
+
+
+def test_new_models_of_a_patched_models_class(tmp_path):
+    """type(model)(config) and from_pretrained give models without a patch, which may get one."""
+    model, inputs = patch(causal("Llama")).train(), batch()
+    want = loss_step(model, inputs)
+    model.save_pretrained(tmp_path)
+    fresh = type(model)(model.config)
+    fresh.load_state_dict(model.state_dict())
+    for other in (fresh, type(model).from_pretrained(tmp_path)):
+        other.train()
+        assert other(**inputs).logits is not None
+        with pytest.raises(TypeError, match=r"must be patched itself to take a teacher .* got omega"):
+            other(**inputs, omega=0.5)
+        same_step(loss_step(other, inputs), want)
+        same_step(loss_step(patch(other), inputs), want, 1e-7)
+        assert other(**inputs).logits is None
+        assert type(unpatch(other)) is transformers.LlamaForCausalLM
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPT2"])

@@ -1,5 +1,7 @@
 """patch: what it refuses, by class and reason, and that the model is then as it was."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -42,6 +44,23 @@ def own_head_forward(model):
     model.lm_head.forward = lambda x: x
 
 
+def float8_head(model):
+    model.lm_head.weight = nn.Parameter(torch.zeros(VOCAB, 32).to(torch.float8_e4m3fn), requires_grad=False)
+
+
+def watched_head(model):
+    model.lm_head.register_forward_hook(lambda module, given, logits: logits / 2.0)
+
+
+def head_with_a_gradient_hook(model):
+    model.lm_head.register_full_backward_pre_hook(lambda module, grads: None)
+
+
+def head_of_a_patched_model(model):
+    model.lm_head = patch(causal("Qwen2")).lm_head
+    model.config.tie_word_embeddings = False
+
+
 def nothing(model):
     return None
 
@@ -52,6 +71,10 @@ def nothing(model):
         (untied, {}, ValueError, r"output layer of Qwen2ForCausalLM must be tied to the embedding, .* got a weight of"),
         (other_head, {}, TypeError, r"layer of Qwen2ForCausalLM must be a torch.nn.Linear .* got .*Int8Head"),
         (integer_head, {}, TypeError, r"must have an unquantized floating weight, got Tensor of torch.int8"),
+        (float8_head, {}, TypeError, r"must have an unquantized floating weight, got Tensor of torch.float8_e4m3fn"),
+        (watched_head, {}, ValueError, r"output layer of Qwen2ForCausalLM must have no hooks, .* got 1 forward hooks"),
+        (head_with_a_gradient_hook, {}, ValueError, r"Qwen2ForCausalLM must have no hooks, .* got 1 backward hooks"),
+        (head_of_a_patched_model, {}, ValueError, r"Qwen2ForCausalLM must be unchanged and its own .* got a patched"),
         (small_head, {}, ValueError, r"must cover config.vocab_size=61, got 60 rows"),
         (own_loss, {}, ValueError, r"loss of Qwen2ForCausalLM must be transformers' ForCausalLMLoss, got mse_loss"),
         (own_forward, {}, ValueError, r"Qwen2ForCausalLM must have its class's forward .* got one of its own"),
@@ -111,13 +134,33 @@ def test_other_architectures_and_wrapped_models():
         unpatch(causal("Llama"))
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_class_whose_forward_was_replaced(wrapped, monkeypatch):
+    """For all models at once, as other packages do; with functools.wraps it looks like the library's own."""
+    own = transformers.LlamaForCausalLM
+    forward = own.forward
+
+    def doubled(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.loss = 2 * output.loss
+        return output
+
+    monkeypatch.setattr(own, "forward", functools.wraps(forward)(doubled) if wrapped else doubled)
+    with pytest.raises(ValueError, match=rf"must have the library's forward .* got one of {__name__}"):
+        patch(causal("Llama"))
+
+
 def test_calls_that_cannot_be_answered():
     model, inputs = patch(causal("Llama"), KD).train(), batch()
     teacher = effkern.TeacherLogits(torch.randn(3, 11, VOCAB))
     ids = {"input_ids": inputs["input_ids"]}
+    with pytest.raises(TypeError, match="LlamaForCausalLM: input_ids must be given once"):
+        model(ids["input_ids"], **inputs)
+    with pytest.raises(TypeError, match="forward must get at most 8 arguments by position, got 9"):
+        model(*[None] * 9)
     with pytest.raises(ValueError, match=r"LlamaForCausalLM: labels must be given with a teacher .* got None"):
         model(**ids, teacher=teacher)
-    with pytest.raises(ValueError, match="logits_to_keep must be 0 with a teacher, got 3"):
+    with pytest.raises(ValueError, match=r"logits_to_keep must be 0 with a teacher, .* got 3"):
         model(**inputs, teacher=teacher, logits_to_keep=3)
     with pytest.raises(ValueError, match="must come together, got teacher_ids alone"):
         model(**inputs, teacher_ids=torch.zeros(3, 11, 1, dtype=torch.int64))
@@ -130,9 +173,36 @@ def test_calls_that_cannot_be_answered():
         model(**inputs)
 
 
+def another_loss(model):
+    model.loss_function = torch.nn.functional.mse_loss
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("Llama", another_loss, r"the loss must be the one that patch has seen \(unpatch, .* got mse_loss"),
+        ("Gemma2", lambda m: setattr(m.config, "final_logit_softcapping", None), "softcap must be 3.0, as .* got None"),
+        ("Granite", lambda m: setattr(m.config, "logits_scaling", 2.0), "logit scale must be 0.4, as .* got 0.5"),
+        ("Llama", lambda m: setattr(m.config, "vocab_size", 60), "vocab_size must be 61, as patch has .* got 60"),
+    ],
+)
+def test_changes_after_patch(family, change, message):
+    """The library's forward would follow them, where training did not."""
+    model, inputs = patch(causal(family)).train(), batch()
+    change(model)
+    with pytest.raises(ValueError, match=f"{type(model).__name__}: .*{message}"):
+        model(**inputs)
+    # The whole of a tied layer may grow with its embedding.
+    model = patch(causal("Llama", tie_word_embeddings=True)).train()
+    model.resize_token_embeddings(70)
+    inputs["labels"].fill_(69)
+    torch.testing.assert_close(model(**inputs).loss, model(**inputs, skip_logits=False).loss)
+
+
 def test_without_any_label_the_loss_is_zero():
     model, inputs = patch(causal("Llama")), batch()
     inputs["labels"].fill_(-100)
-    loss, grads = loss_step(model, inputs)
-    assert loss == 0
-    assert not any(grad.any() for grad in grads.values())
+    for given in ({}, {"num_items_in_batch": 0}, {"num_items_in_batch": torch.tensor(0)}):
+        loss, grads = loss_step(model, inputs, **given)
+        assert loss == 0
+        assert not any(grad.any() for grad in grads.values())

@@ -1,6 +1,7 @@
 """A patched model in what people train with: Trainer, accelerate, PEFT, FSDP2, against the unpatched model in it."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -138,6 +139,40 @@ def test_cached_labels_as_columns_of_a_data_set(tmp_path):
 def test_distill_trainer_bad_input(model, teacher, kind, message, tmp_path):
     with pytest.raises(kind, match=message):
         Distil(model(), arguments(tmp_path), train_dataset=rows(), teacher=teacher())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_liger_kernel": True}, "Distil: use_liger_kernel must be False, .* got True"),
+        ({"label_smoothing_factor": 0.1}, "Distil: label_smoothing_factor must be 0, .* got 0.1"),
+        ({"_n_gpu": 2}, "Distil: the GPUs of a process must be 1: nn.DataParallel .* got n_gpu=2"),
+    ],
+)
+def test_training_arguments_that_distil_trainer_refuses(changes, message, tmp_path):
+    given = arguments(tmp_path)
+    assert given.n_gpu <= 1
+    for name, value in changes.items():
+        setattr(given, name, value)
+    with pytest.raises(ValueError, match=message):
+        Distil(patch(causal("Llama")), given, train_dataset=rows(), teacher=causal("Llama"))
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"torch_compile": True, "torch_compile_backend": "eager"}])
+def test_a_forward_put_over_the_patched_one(options, tmp_path):
+    """Mixed precision and compilation wrap it and train; another package's forward would ignore the teacher."""
+    model = patch(causal("Llama", num_hidden_layers=1), KD)
+    given = arguments(tmp_path, max_steps=1, **options)
+    trainer = Distil(model, given, train_dataset=rows(), teacher=causal("Qwen2"), omega=1.0)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+    def other(self, input_ids=None, labels=None, **kwargs):
+        return transformers.LlamaForCausalLM.forward(self, input_ids=input_ids, labels=labels)
+
+    model.forward = types.MethodType(other, model)
+    with pytest.raises(RuntimeError, match=rf"Distil: the model must run the forward of patch .* of {__name__}"):
+        trainer.train()
 
 
 def test_accelerate(tmp_path):

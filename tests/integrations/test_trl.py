@@ -102,6 +102,23 @@ def test_hidden_states(beta):
     assert torch.equal(same, found[0][0])
 
 
+@pytest.mark.parametrize("beta", [4e-8, 1e-12, 1 - 4e-8, 1 - 1e-12])
+def test_a_beta_that_float32_cannot_tell_from_its_ends(beta):
+    """Where 1 - beta, or beta, is 1 or next to it in float32: the first order of the formula in float64."""
+    student, teacher, labels = case()
+    # A row whose teacher has nearly nothing at the student's most likely entry, and the other way round.
+    student[0, 0, 0], teacher[0, 0, 0], student[0, 1, 1], teacher[0, 1, 1] = 15.0, -9.0, -9.0, 15.0
+    loss, grad = run(gkd_loss, student, teacher, labels, beta=beta)
+    exact = run(formula, student.double(), teacher.double(), labels, beta=beta)[0]
+    ends = run(formula, student.double(), teacher.double(), labels, beta=round(beta))
+    small = min(beta, 1 - beta)
+    assert rel_err(loss, small * ends[0]) < 1e-6
+    assert rel_err(grad, small * ends[1]) < 1e-5
+    assert rel_err(loss, exact) < 0.01
+    hidden = gkd_loss((student, torch.eye(37)), (teacher, torch.eye(37)), labels, beta=beta)
+    assert rel_err(hidden, small * ends[0]) < 1e-6
+
+
 def test_padded_vocabularies_and_ignored_rows_that_hold_anything():
     student, teacher, labels = case()
     want = run(gkd_loss, student, teacher, labels)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effkern.integrations.transformers.heads import Head, capped
+from effkern.integrations.transformers.heads import Head, capped, require_as_seen
 from effkern.integrations.transformers.swap import EXTRA_ARGUMENTS, is_swapped, original_class
 from effkern.nn.distill import LinearDistillLoss
 from effkern.ops.distill import TeacherTopK
@@ -37,6 +37,8 @@ class FusedLoss:
     """The class of forward's result."""
     fields: tuple[str, ...]
     """Of it, those that the backbone's result has too."""
+    neutral: bool
+    """Without a teacher the loss is the library's own: no z_loss, no smoothing, no rows of padding."""
 
 
 @dataclass
@@ -64,27 +66,35 @@ def head_forward(self: Any, input: Tensor, effkern_call: Call | None = None) -> 
 
 
 def model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The model: as the library's, but with labels there are no logits while it trains, nor with skip_logits=True."""
-    own: FusedLoss = self.effkern_loss
-    given = {**dict(zip(own.names, args)), **kwargs}
+    """The model: as the library's, but with labels there are no logits while it trains, nor with skip_logits=True.
+
+    Where there are logits beside the loss, the library computes both as long as that is the same loss.
+    """
+    own: FusedLoss | None = vars(self).get("effkern_loss")
+    if own is None:
+        return _unpatched(self, args, kwargs)
+    given = _by_name(self, own.names, args, kwargs)
     asked = {name: given.pop(name, None) for name in EXTRA}
     teacher = _teacher(self, own, asked)
     labels, kept = given.get("labels"), given.get("logits_to_keep", 0)
     if teacher is not None and labels is None:
         raise ValueError(f"{_name(self)}: labels must be given with a teacher (-100 for tokens without), got None")
-    if teacher is not None and not (isinstance(kept, int) and kept == 0):
-        raise ValueError(f"{_name(self)}: logits_to_keep must be 0 with a teacher, got {kept!r}")
+    every = isinstance(kept, int) and kept == 0
+    if not every and labels is not None and (teacher is not None or not own.neutral):
+        rule = "0 with a teacher, or with a z_loss, smoothing or padding,"
+        raise ValueError(f"{_name(self)}: logits_to_keep must be {rule} got {kept!r}")
     skip = asked["skip_logits"] if asked["skip_logits"] is not None else own.skip_logits
     skip = self.training if skip is None else skip
-    if labels is None or not (isinstance(kept, int) and kept == 0) or (teacher is None and not skip):
+    if labels is None or not every or (teacher is None and own.neutral and not skip):
         return original_class(self).forward(self, **given)
 
+    layer = _output_layer(self)
+    require_as_seen(_name(self), self, own.head, resizable=own.loss_fn.options["vocab_valid"] is None)
     return_dict = given.get("return_dict")
     # The library's own forward does the same with what it does not know.
     passed_on = {name: value for name, value in given.items() if name not in _OF_LOSS}
     outputs = getattr(self, own.head.family.backbone)(**passed_on, return_dict=True)
     hidden = outputs.last_hidden_state
-    layer = _output_layer(self)
     omega = None if teacher is None else own.omega if asked["omega"] is None else asked["omega"]
     call = Call(own.loss_fn, _next_labels(labels, given, hidden), teacher, omega, _denominator(given, hidden))
     loss = layer(hidden, effkern_call=call)
@@ -99,6 +109,26 @@ setattr(model_forward, EXTRA_ARGUMENTS, EXTRA)
 
 def _name(model: nn.Module) -> str:
     return type(model).__name__
+
+
+def _unpatched(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """A new model of a patched one's class, as type(model)(config) makes it: the library's."""
+    asked = [name for name in EXTRA if kwargs.get(name) is not None]
+    if asked:
+        rule = "be patched itself to take a teacher (it was made with the class of a patched model)"
+        raise TypeError(f"{_name(model)}: the model must {rule}, got {', '.join(asked)}")
+    plain = {name: value for name, value in kwargs.items() if name not in EXTRA}
+    return original_class(model).forward(model, *args, **plain)
+
+
+def _by_name(model: nn.Module, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of forward, which takes `names` by position."""
+    if len(args) > len(names):
+        raise TypeError(f"{_name(model)}: forward must get at most {len(names)} arguments by position, got {len(args)}")
+    twice = [name for name in names[: len(args)] if name in kwargs]
+    if twice:
+        raise TypeError(f"{_name(model)}: {twice[0]} must be given once, got it by position and by name")
+    return {**dict(zip(names, args)), **kwargs}
 
 
 def _teacher(model: nn.Module, own: FusedLoss, asked: dict[str, Any]) -> Teacher | None:
@@ -141,4 +171,7 @@ def _next_labels(labels: Tensor, given: dict[str, Any], hidden: Tensor) -> Tenso
 def _denominator(given: dict[str, Any], hidden: Tensor) -> float | Tensor | None:
     """Tokens of all accumulation steps and processes, where the trainer counts them."""
     count = given.get("num_items_in_batch")
-    return count.to(hidden.device).reshape(()) if isinstance(count, Tensor) else count
+    if isinstance(count, Tensor):
+        return count.to(hidden.device).reshape(())
+    # Batches without any label: loss 0.
+    return hidden.new_zeros((), dtype=torch.int64) if count == 0 else count

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effkern.integrations.transformers.swap import is_patched, is_swapped, path_of
+from effkern.integrations.transformers.swap import is_patched, is_swapped, original_class, path_of
+from effkern.ops.distill import checks
 
 
 class Family(NamedTuple):
@@ -89,7 +90,7 @@ def head_of(op: str, model: Any) -> Head:
         rule = "be a torch.nn.Linear (no quantized or adapted one)"
         raise TypeError(f"{op}: the output layer of {name} must {rule}, got {path_of(layer)}")
     weight = layer.weight
-    if not weight.is_floating_point() or type(weight.data) not in (Tensor, _dtensor()):
+    if weight.dtype not in checks.FLOATING or type(weight.data) not in (Tensor, _dtensor()):
         got = f"{type(weight.data).__name__} of {weight.dtype}"
         raise TypeError(f"{op}: the output layer of {name} must have an unquantized floating weight, got {got}")
     vocab = int(config.vocab_size)
@@ -100,26 +101,86 @@ def head_of(op: str, model: Any) -> Head:
     if getattr(config, "tie_word_embeddings", False) and weight is not embedding:
         rule = "be tied to the embedding, as config.tie_word_embeddings says (tie_weights(), or say False there)"
         raise ValueError(f"{op}: the output layer of {name} must {rule}, got a weight of its own")
+    return _configured(model, family)
+
+
+def _configured(model: Any, family: Family) -> Head:
+    config = model.config.get_text_config()
     factor = 1.0 if family.scale is None else float(getattr(config, family.scale))
     cap = getattr(config, "final_logit_softcapping", None)
-    return Head(family, vocab, None if cap is None else float(cap), 1.0 / factor if family.divides else factor)
+    scale = 1.0 / factor if family.divides else factor
+    return Head(family, int(config.vocab_size), None if cap is None else float(cap), scale)
+
+
+def require_as_seen(op: str, model: Any, seen: Head, resizable: bool) -> None:
+    """At a call: the model computes what it did when it was patched.
+
+    Args:
+        resizable: every row of the output layer counts, so that it may have another size by now.
+
+    Raises:
+        ValueError: its loss or its config is another.
+    """
+    undo, now = "(unpatch, change the model, patch again)", _configured(model, seen.family)
+    loss = _foreign_loss(model)
+    if loss is not None:
+        raise ValueError(f"{op}: the loss must be the one that patch has seen {undo}, got {loss}")
+    numbers = [("softcap", seen.softcap, now.softcap), ("logit scale", seen.logit_scale, now.logit_scale)]
+    if not (resizable and now.vocab == model.get_output_embeddings().weight.shape[0]):
+        numbers.append(("vocab_size", seen.vocab, now.vocab))
+    for name, before, after in numbers:
+        if before != after:
+            raise ValueError(f"{op}: the config's {name} must be {before}, as patch has seen it {undo}, got {after}")
 
 
 def require_own_forward(op: str, model: Any) -> None:
     """
     Raises:
-        ValueError: patched before, or something else replaced forward or loss.
+        ValueError: something else replaced forward or loss, or the output layer is another patched model's, or somebody
+            watches its logits.
     """
-    name = type(model).__name__
-    if is_swapped(model):
-        raise ValueError(f"{op}: {name} must be unchanged (unpatch first), got one that was patched before")
-    for label, module in ((name, model), (f"the output layer of {name}", model.get_output_embeddings())):
+    name, layer = type(model).__name__, model.get_output_embeddings()
+    for label, module in ((name, model), (f"the output layer of {name}", layer)):
         if is_patched(module):
             rule = "have its class's forward (patch before accelerate's prepare and other patches)"
             raise ValueError(f"{op}: {label} must {rule}, got one of its own")
-    if "_loss_function" in vars(model) or getattr(model, "loss_type", None) not in (None, "ForCausalLM"):
-        got = getattr(vars(model).get("_loss_function"), "__name__", model.loss_type)
-        raise ValueError(f"{op}: the loss of {name} must be transformers' ForCausalLMLoss, got {got}")
+    foreign = _foreign_forward(original_class(model))
+    if foreign is not None:
+        rule = "have the library's forward (patch a class that nothing else has changed)"
+        raise ValueError(f"{op}: {name} must {rule}, got one of {foreign}")
+    if is_swapped(layer):
+        rule = "be unchanged and its own (unpatch the model that shares it)"
+        raise ValueError(f"{op}: the output layer of {name} must {rule}, got a patched one")
+    # Called for a loss it would give hooks the loss, and its gradient, in place of logits.
+    hooks = {"forward": layer._forward_hooks, "backward": {**layer._backward_hooks, **layer._backward_pre_hooks}}
+    for kind, found in hooks.items():
+        if found:
+            rule = "have no hooks, for it makes no logits (remove them, patch, and see the model's hidden states)"
+            raise ValueError(f"{op}: the output layer of {name} must {rule}, got {len(found)} {kind} hooks")
+    loss = _foreign_loss(model)
+    if loss is not None:
+        raise ValueError(f"{op}: the loss of {name} must be transformers' ForCausalLMLoss, got {loss}")
+
+
+def _foreign_loss(model: Any) -> str | None:
+    """The name of a loss that is not the library's usual one."""
+    if "_loss_function" in vars(model):
+        return getattr(model._loss_function, "__name__", type(model._loss_function).__name__)
+    kind = getattr(model, "loss_type", None)
+    return None if kind in (None, "ForCausalLM") else kind
+
+
+def _foreign_forward(own: Any) -> str | None:
+    """The module that put its forward, or a wrapper around it, into the library's class `own`; None: nobody has."""
+    package = own.__module__.partition(".")[0]
+    forward = own.forward
+    while forward is not None:
+        # functools.wraps copies __module__, not this.
+        where = getattr(forward, "__globals__", {}).get("__name__", "elsewhere")
+        if where.partition(".")[0] != package:
+            return where
+        forward = getattr(forward, "__wrapped__", None)
+    return None
 
 
 def output_class(model: nn.Module, family: Family) -> Any:

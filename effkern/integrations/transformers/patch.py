@@ -12,7 +12,7 @@ from effkern.integrations.transformers.apply import apply_laurel, remove_laurel
 from effkern.integrations.transformers.fused_loss import FusedLoss, head_forward, model_forward
 from effkern.integrations.transformers.gemma3n import remove_fused_laurel, use_fused_laurel
 from effkern.integrations.transformers.loop import loop_layers, unloop_layers
-from effkern.integrations.transformers.swap import is_patched, original_class, path_of, restore, swap
+from effkern.integrations.transformers.swap import is_patched, is_swapped, original_class, path_of, restore, swap
 from effkern.nn.distill import LinearDistillLoss
 from effkern.ops.distill.rows import SPARSE_KINDS
 
@@ -47,7 +47,7 @@ def patch(
         teacher_ids, teacher_logprobs: [batch, length, K], in place of `teacher`: sparse labels as columns of a data
             set. transformers' Trainer keeps columns of these names.
         omega: weight of the teacher, in place of that of `distill_loss`.
-        skip_logits: True: no logits beside a loss; False: logits, too; None: True while training.
+        skip_logits: True: no logits beside a loss; False: logits, too; None: True while training. The loss is the same.
 
     Args:
         model: changed in place; a PEFT model's inside. Patch before torch.compile, FSDP2 and accelerate's prepare; PEFT
@@ -63,8 +63,9 @@ def patch(
 
     Raises:
         ValueError, TypeError: another architecture, a model that is patched already, tied weights that are not tied,
-            an output layer that is quantized or replaced, an option that breaks a rule. The model is as it was. Later,
-            in forward: a teacher without labels, or an output layer that was replaced.
+            an output layer that is quantized, replaced, shared with a patched model or has hooks, a forward that
+            another package put in, an option that breaks a rule. The model is as it was. Later, in forward: a teacher
+            without labels, or an output layer, a loss or a config that is not the one patch has seen.
 
     A batch without any label has loss 0, where transformers gives nan. Logits are float32 inside whatever the model's
     dtype; in bfloat16 the loss is closer to the exact one than the library's.
@@ -108,8 +109,10 @@ def unpatch(model: Model) -> Model:
     if original_class(causal) not in type(causal).__mro__[:2] or is_patched(causal):
         rule = "be as patch left it (undo sharding, prepare and wrappers first)"
         raise ValueError(f"{op}: model must {rule}, got {type(causal).__module__}.{type(causal).__qualname__}")
+    backbone = getattr(causal, heads.FAMILIES[path_of(causal)].backbone)
     for name in names:
-        if name in _UNDO:
+        # Undone by hand before, layers are the library's again.
+        if name in _UNDO and any(map(is_swapped, backbone.modules())):
             _UNDO[name](causal)
     if "distill_loss" in names:
         restore(causal)
@@ -145,9 +148,10 @@ def _plan(op: str, causal: Any, options: Mapping[str, Any]) -> FusedLoss:
     )
     output = heads.output_class(causal, head.family)
     fields = tuple(f.name for f in dataclasses.fields(output) if f.name not in ("loss", "logits"))
-    parameters = inspect.signature(type(causal).forward).parameters.values()
+    parameters = inspect.signature(original_class(causal).forward).parameters.values()
     names = tuple(p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return FusedLoss(head, loss_fn, omega, kind, skip, names[1:], output, fields)
+    neutral = vocab == rows == head.vocab and not (rest.get("z_loss") or rest.get("label_smoothing"))
+    return FusedLoss(head, loss_fn, omega, kind, skip, names[1:], output, fields, neutral)
 
 
 def _change_layers(causal: nn.Module, laurel: Any, loop: Any) -> list[str]:

@@ -56,10 +56,9 @@ def _rebuild(original: Any, forward: Callable[..., Any]) -> nn.Module:
 
 
 def swap(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Give `module` the method `forward`."""
+    """Give `module` the method `forward`, in place of one that it was given before."""
     _release(module)
-    original: Any = type(module)
-    module.__class__ = _subclass(original, forward)
+    module.__class__ = _subclass(original_class(module), forward)
 
 
 def restore(module: nn.Module) -> None:
@@ -88,6 +87,13 @@ def is_patched(module: nn.Module) -> bool:
     """True if the instance has a forward that is not its class's."""
     forward = vars(module).get("forward")
     return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
+def runs_swapped(module: nn.Module, forward: Callable[..., Any]) -> bool:
+    """True if a call of `module` ends in the `forward` of swap, be it wrapped (mixed precision), not replaced."""
+    own = getattr(type(module), _FORWARD, None)
+    called = inspect.unwrap(vars(module).get("forward", type(module).forward))
+    return own is forward and getattr(called, "__func__", called) is inspect.unwrap(type(module).forward)
 
 
 def _release(module: nn.Module) -> None:

@@ -1,12 +1,15 @@
 """A live teacher for transformers' Trainer, as a class to be put before it."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from effkern.integrations.transformers.fused_loss import model_forward
 from effkern.integrations.transformers.heads import causal_model, head_of
+from effkern.integrations.transformers.swap import runs_swapped
 from effkern.integrations.transformers.teacher import teacher_hidden
 
 
@@ -14,8 +17,8 @@ class DistillTrainer:
     """Mix-in: `class MyTrainer(DistillTrainer, transformers.Trainer)`, then `MyTrainer(model=..., teacher=..., ...)`.
 
     Every training and evaluation batch gets the teacher's hidden states, and the patched student the loss of both.
-    Divergence and temperatures are those that the student was patched with. Works with what comes before Trainer in the
-    order of classes, too (an SFT trainer). Cached labels need no mix-in: see `patch`.
+    Divergence, temperatures and smoothing are those that the student was patched with. Works with what comes before
+    Trainer in the order of classes, too (an SFT trainer). Cached labels need no mix-in: see `patch`.
 
     Args:
         teacher: a causal language model that `patch` covers. Put into evaluation mode and onto the trainer's device; it
@@ -25,11 +28,15 @@ class DistillTrainer:
 
     Raises:
         TypeError: `model` was not patched with a distill_loss, or the teacher is no model.
-        ValueError: the teacher's architecture, or a vocabulary that does not cover the student's.
+        ValueError: the teacher's architecture, a vocabulary that does not cover the student's, or training arguments
+            under which the student's loss would not be the patched one (use_liger_kernel, label_smoothing_factor,
+            several GPUs in one process).
+        RuntimeError: in training, something else has replaced the patched forward since.
     """
 
     # What Trainer has.
     model: nn.Module
+    args: Any
     accelerator: Any
     state: Any
 
@@ -38,6 +45,7 @@ class DistillTrainer:
     ) -> None:
         super().__init__(*args, **kwargs)
         op = type(self).__name__
+        _check_arguments(op, self.args)
         if not isinstance(teacher, nn.Module):
             raise TypeError(f"{op}: teacher must be a model, got {type(teacher).__name__}")
         student: Any = causal_model(op, self.model)
@@ -56,12 +64,40 @@ class DistillTrainer:
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Trainer's, with the teacher's rows among the inputs."""
+        _require_patched(type(self).__name__, model)
         omega = self.omega(self.state.global_step) if callable(self.omega) else self.omega
         if omega != 0:
             seen = {name: value for name, value in inputs.items() if name in _SEEN}
             with torch.no_grad(), self.accelerator.autocast():
                 inputs = {**inputs, "teacher": teacher_hidden(self.teacher, **seen), "omega": omega}
         return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+
+
+def _check_arguments(op: str, args: Any) -> None:
+    """
+    Raises:
+        ValueError: the student's patched loss would not be what trains.
+    """
+    if getattr(args, "use_liger_kernel", False):
+        raise ValueError(f"{op}: use_liger_kernel must be False, as Liger's forward takes no teacher, got True")
+    if args.label_smoothing_factor:
+        rule = "be 0, as the Trainer's smoothing takes the labels away (patch the model with label_smoothing)"
+        raise ValueError(f"{op}: label_smoothing_factor must {rule}, got {args.label_smoothing_factor}")
+    if args.n_gpu > 1:
+        rule = "be 1: nn.DataParallel cannot split a teacher's rows (start one process per GPU with torchrun)"
+        raise ValueError(f"{op}: the GPUs of a process must {rule}, got n_gpu={args.n_gpu}")
+
+
+def _require_patched(op: str, model: nn.Module) -> None:
+    """
+    Raises:
+        RuntimeError: no forward of patch is what a call of `model`, wrapped or not, runs.
+    """
+    student = next((module for module in model.modules() if "effkern_loss" in vars(module)), None)
+    if student is None or not runs_swapped(student, model_forward):
+        forward = inspect.unwrap(vars(student if student is not None else model).get("forward", type(model).forward))
+        rule = "run the forward of patch (patch last, and nothing over it)"
+        raise RuntimeError(f"{op}: the model must {rule}, got one of {getattr(forward, '__module__', None)}")
 
 
 # What a teacher reads of the student's inputs.
