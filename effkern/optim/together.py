@@ -91,13 +91,14 @@ class Together(Optimizer):
         got = [len(group["params"]) for group in stored]
         if want != got:
             raise ValueError(f"Together: state_dict must be of groups with {want} parameters, got {got}")
-        first = at = 0
+        at = 0
         for part in self.parts:
-            size, count = _count(part), len(part.param_groups)
-            state = {i - first: entry for i, entry in state_dict["state"].items() if first <= i < first + size}
-            groups = [_moved(group, -first) for group in stored[at : at + count]]
+            groups = stored[at : at + len(part.param_groups)]
+            at += len(groups)
+            # Numbers, or names as torch.distributed.checkpoint has them.
+            keys = {key for group in groups for key in group["params"]}
+            state = {key: entry for key, entry in state_dict["state"].items() if key in keys}
             part.load_state_dict({"state": state, "param_groups": groups})
-            first, at = first + size, at + count
 
     def __reduce__(self) -> Any:
         return type(self), self.parts
