@@ -1,6 +1,7 @@
 """Together as torch, checkpointing libraries and trainers handle an optimizer."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -30,4 +31,89 @@ def test_distributed_checkpoint(name, flatten):
     assert [group["lr"] for group in resumed.param_groups] == [0.02] * len(resumed.param_groups)
     train(model, optimizer, 2)
     train(twin, resumed, 2)
+    assert torch.equal(flat(model), flat(twin))
+
+
+def stepped(name="muon", steps=2):
+    model = lora_or_not(name)
+    optimizer = create(name, model, lr=0.02)
+    train(model, optimizer, steps)
+    return model, optimizer
+
+
+def test_state_is_written_through():
+    """As trainers move state between devices, clear it, and set groups."""
+    model, optimizer = stepped()
+    assert len(optimizer.state) == len(list(optimizer.state)) == sum(len(part.state) for part in optimizer.parts)
+    kept = copy.copy(dict(optimizer.state))
+    for param, entry in optimizer.state.items():
+        optimizer.state[param] = {k: torch.zeros_like(v) if torch.is_tensor(v) else v for k, v in entry.items()}
+    tensors = [v for part in optimizer.parts for entry in part.state.values() for v in entry.values()]
+    assert all(not v.any() for v in tensors if torch.is_tensor(v))
+    optimizer.state = kept
+    assert {id(v) for part in optimizer.parts for v in part.state.values()} == {id(v) for v in kept.values()}
+    assert optimizer.state.pop(model.up.weight) is kept[model.up.weight]
+    assert optimizer.state.get(model.up.weight) is None
+    assert model.up.weight not in optimizer.parts[0].state
+    assert optimizer.state.setdefault(model.up.weight, kept[model.up.weight]) is kept[model.up.weight]
+    assert [*pickle.loads(pickle.dumps(optimizer.state)).values()][0].keys() == [*optimizer.state.values()][0].keys()
+    assert optimizer.state.pop(torch.ones(1), None) is None
+    del optimizer.state[model.embed.weight]
+    assert optimizer.state[model.embed.weight] == {}
+    before = len(optimizer.state)
+    with pytest.raises(KeyError, match="must be of a parameter of one of parts"):
+        optimizer.state = {torch.ones(1): {}}
+    assert len(optimizer.state) == before
+    optimizer.state.clear()
+    assert [len(part.state) for part in optimizer.parts] == [0, 0]
+
+
+def test_groups_are_written_through():
+    _, optimizer = stepped()
+    optimizer.param_groups = [{**group, "lr": 0.5} for group in optimizer.param_groups]
+    assert {group["lr"] for part in optimizer.parts for group in part.param_groups} == {0.5}
+    with pytest.raises(ValueError, match=r"param_groups must be 6, those of parts in order, got 0"):
+        optimizer.param_groups = []
+    assert len(optimizer.param_groups) == 6
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_hooks_of_states(name):
+    """Together runs them as torch's own optimizer does, and takes what they return."""
+    _, optimizer = stepped(name)
+    calls = []
+    optimizer.register_state_dict_pre_hook(lambda opt: calls.append(("before saving", opt is optimizer)))
+    optimizer.register_state_dict_post_hook(lambda opt, state: {**state, "note": len(calls)})
+    optimizer.register_load_state_dict_post_hook(lambda opt: calls.append(("after loading", opt is optimizer)))
+
+    @optimizer.register_load_state_dict_pre_hook
+    def halved(opt, state):
+        calls.append(("before loading", state["note"]))
+        return {**state, "param_groups": [{**group, "lr": group["lr"] / 2} for group in state["param_groups"]]}
+
+    state = optimizer.state_dict()
+    optimizer.load_state_dict(state)
+    assert calls == [("before saving", True), ("before loading", 1), ("after loading", True)]
+    assert {group["lr"] for group in optimizer.param_groups} == {0.01}
+    assert {group["lr"] for group in state["param_groups"]} == {0.02}
+
+
+@pytest.mark.parametrize("name", ["muon", "lora_rite"])
+def test_a_refused_state_changes_no_part(name):
+    """The second part refuses, after the first has loaded: both stay, and step as if nothing had been tried."""
+    model, optimizer = stepped(name)
+    twin, other = copy.deepcopy((model, optimizer))
+    other_state = stepped(name, 3)[1].state_dict()
+    other_state["param_groups"][0]["lr"] = 7.0
+
+    def refuse(part, state):
+        assert optimizer.param_groups[0]["lr"] == 7.0
+        raise RuntimeError("refused")
+
+    handle = optimizer.parts[1].register_load_state_dict_pre_hook(refuse)
+    with pytest.raises(RuntimeError, match="refused"):
+        optimizer.load_state_dict(other_state)
+    handle.remove()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.02] * len(optimizer.param_groups)
+    assert train(model, optimizer, 2) == train(twin, other, 2)
     assert torch.equal(flat(model), flat(twin))
