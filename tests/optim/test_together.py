@@ -5,13 +5,14 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
 
-from effkern.optim import create
+from effkern.optim import Together, create
 from tests.optim.test_create import flat, lora_or_not, train
 
 
@@ -117,3 +118,43 @@ def test_a_refused_state_changes_no_part(name):
     assert [group["lr"] for group in optimizer.param_groups] == [0.02] * len(optimizer.param_groups)
     assert train(model, optimizer, 2) == train(twin, other, 2)
     assert torch.equal(flat(model), flat(twin))
+
+
+@pytest.mark.parametrize("name", ["muon", "one_sided_shampoo"])
+def test_schedulers_that_set_rates_keep_the_ratio_if_given_a_list(name):
+    model = lora_or_not(name)
+    optimizer = create(name, model, lr=0.01, matrix_lr_ratio=3.0)
+    wanted = [group.get("lr_ratio", 1.0) for group in optimizer.param_groups]
+    assert 3.0 in wanted
+    rates = [group["lr"] for group in optimizer.param_groups]
+    kinds = torch.optim.lr_scheduler
+    schedules = (
+        lambda: kinds.OneCycleLR(optimizer, max_lr=rates, total_steps=10, cycle_momentum=False),
+        lambda: kinds.CyclicLR(optimizer, [rate / 9 for rate in rates], rates, cycle_momentum=False),
+    )
+    for schedule in schedules:
+        scheduler = schedule()
+        seen = set()
+        for _ in range(4):
+            train(model, optimizer, 1, scheduler)
+            lrs = [group["lr"] for group in optimizer.param_groups]
+            assert [lr / lrs[-1] for lr in lrs] == pytest.approx(wanted)
+            seen.add(lrs[-1])
+        assert len(seen) == 4
+    # One rate for all undoes it, which is why the documents ask for a list.
+    kinds.OneCycleLR(optimizer, max_lr=0.1, total_steps=10, cycle_momentum=False)
+    assert len({group["lr"] for group in optimizer.param_groups}) == 1
+
+
+def test_together_refuses():
+    a, b = (nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    one, two = torch.optim.SGD([a], lr=0.1), torch.optim.AdamW([b], lr=0.1)
+    with pytest.raises(ValueError, match="parts must be one optimizer at least, got none"):
+        Together()
+    with pytest.raises(ValueError, match="parts must not share parameters"):
+        Together(one, torch.optim.SGD([a, b], lr=0.1))
+    both = Together(one, two)
+    with pytest.raises(NotImplementedError, match="a group must be added to one of parts"):
+        both.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    with pytest.raises(ValueError, match=r"state_dict must be of groups with \[1, 1\] parameters, got \[1\]"):
+        both.load_state_dict(one.state_dict())
