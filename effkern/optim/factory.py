@@ -45,7 +45,8 @@ def create(
     Args:
         lr: of all groups; None: the default of the named optimizer's class.
         weight_decay: decoupled; of matrices, output layer and LoRA factors.
-        matrix_lr_ratio: for shampoo and muon: the rate of the matrices over that of the others.
+        matrix_lr_ratio: for shampoo and muon: the rate of the matrices over that of the others. Schedulers that set
+            rates instead of scaling them (OneCycleLR, CyclicLR) keep it if given one rate per group.
         output: ends of names of output layers, beside those that are found.
         adamw: options of the AdamW beside muon and the LoRA optimizers (lr, betas, eps ..).
         options: of the named optimizer's class. Muon's adjust_lr_fn is "match_rms_adamw" unless said otherwise, so that
@@ -91,18 +92,23 @@ def _check(op: str, name: str, value: Any, holds: Callable[[float], bool], rule:
 _OWN = ("params", "lr", "weight_decay", "options", "others", "rule")
 
 
-def _make(op: str, kind: Any, groups: Any, lr: Any, options: Mapping[str, Any], **decided: Any) -> Any:
-    """`kind` over `groups`.
-
-    Raises:
-        TypeError: an option that it does not have.
-    """
+def _check_names(op: str, kind: Any, options: Mapping[str, Any]) -> None:
+    """Raises TypeError for an option that `kind` does not have."""
     known = set(inspect.signature(kind).parameters) - set(_OWN)
     if kind is OneSidedShampoo:
         known |= set(inspect.signature(Shampoo).parameters) - {*_OWN, "exponents"}
     unknown = sorted(set(options) - known)
     if unknown:
         raise TypeError(f"{op}: options must be among {', '.join(sorted(known))}, got {', '.join(unknown)}")
+
+
+def _make(op: str, kind: Any, groups: Any, lr: Any, options: Mapping[str, Any], **decided: Any) -> Any:
+    """`kind` over `groups`.
+
+    Raises:
+        TypeError: an option that it does not have.
+    """
+    _check_names(op, kind, options)
     return kind(groups, **({} if lr is None else {"lr": lr}), **options, **decided)
 
 
@@ -155,7 +161,8 @@ def _lora(
 
 def _beside(op: str, first: Any, rest: Groups, lr: Any, adamw: dict[str, Any]) -> Any:
     """`first` and an AdamW of the other groups, if there are any."""
+    rate = adamw.pop("lr", lr)
+    _check_names(f"{op}, adamw", torch.optim.AdamW, adamw)
     if not rest:
         return first
-    rate = adamw.pop("lr", lr)
     return Together(first, _adamw(f"{op}, adamw", rest, rate, adamw))

@@ -356,6 +356,16 @@ def test_lightning(automatic, tmp_path):
 # Bad input -------------------------------------------------------------------------------------------------------
 
 
+def pairs_alone():
+    model = nn.Sequential(nn.Linear(8, 8)).requires_grad_(False)
+    inject_lora(model, ["0"], rank=2)
+    return model
+
+
+def matrices_alone():
+    return nn.Linear(8, 8, bias=False)
+
+
 @pytest.mark.parametrize(
     ("name", "model", "options", "kind", "message"),
     [
@@ -369,6 +379,8 @@ def test_lightning(automatic, tmp_path):
         ("one_sided_shampoo", net, {"exponents": 1}, TypeError, r"options must be among .*, got exponents"),
         ("shampoo", net, {"side": "top"}, ValueError, r"Shampoo: .*side.*got 'top'"),
         ("muon", net, {"adamw": {"nesterov": True}}, TypeError, r"'muon'\), adamw: options must be .* got nesterov"),
+        ("lora_rite", pairs_alone, {"adamw": {"typo": 1}}, TypeError, r"'lora_rite'\), adamw: options .* got typo"),
+        ("muon", matrices_alone, {"adamw": {"typo": 1}}, TypeError, r"'muon'\), adamw: options must be .* got typo"),
         ("lora_rite", net, {}, ValueError, r"params must hold LoRA pairs .* got none"),
         ("lora_rite", lambda: net(lora=True), {"others": "error"}, TypeError, r"options must be among .* got others"),
         ("muon", lambda: nn.Embedding(4, 4), {}, ValueError, r"'muon'\): model must have matrices besides .* got none"),
@@ -384,17 +396,3 @@ def test_lightning(automatic, tmp_path):
 def test_bad_input(name, model, options, kind, message):
     with pytest.raises(kind, match=message):
         create(name, model(), **options)
-
-
-def test_together_refuses():
-    a, b = (nn.Parameter(torch.ones(2, 2)) for _ in range(2))
-    one, two = torch.optim.SGD([a], lr=0.1), torch.optim.AdamW([b], lr=0.1)
-    with pytest.raises(ValueError, match="parts must be one optimizer at least, got none"):
-        Together()
-    with pytest.raises(ValueError, match="parts must not share parameters"):
-        Together(one, torch.optim.SGD([a, b], lr=0.1))
-    both = Together(one, two)
-    with pytest.raises(NotImplementedError, match="a group must be added to one of parts"):
-        both.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
-    with pytest.raises(ValueError, match=r"state_dict must be of groups with \[1, 1\] parameters, got \[1\]"):
-        both.load_state_dict(one.state_dict())
