@@ -45,8 +45,9 @@ def save_sharded(root: Path, checkpoint: Checkpoint, keep_last: int, parallel: A
         hashes = {name: digest for part in parallel.gather(own) for name, digest in part.items()}
         return parallel.on_main(lambda: _finish(root, folder, checkpoint, hashes, keep_last))
     except (OSError, SafetensorError, CheckpointException, RankError, CheckpointError) as error:
-        if parallel.is_main and folder != root:
-            shutil.rmtree(folder, ignore_errors=True)
+        # It was raised on every rank; none goes on before what is left is gone.
+        if folder != root:
+            parallel.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
         if isinstance(error, CheckpointError):
             raise
         older = list_checkpoints(root)
