@@ -338,8 +338,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--build-dir", default="build/gpu")
     parser.add_argument("--parts", nargs="+", choices=(*PARTS, TUNE), help="default: all, as far as the budget goes")
-    budget = f"of the whole session; default: {BUDGET:g}, with --parts none"
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help=budget)
+    of = f"of the whole session; default: {BUDGET:g}, with --parts none"
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help=of)
     parser.add_argument("--wheels", type=Path, default=ROOT / "wheels", metavar="FOLDER")
     parser.add_argument("--tune", action="store_true", help="also propose launch parameters")
     a = parser.parse_args(arguments)

@@ -100,7 +100,9 @@ def read_lines(text: Iterable[str]) -> Cases:
 
 def figure(target: Target, variants: dict[str, dict[str, Any]]) -> float | None:
     """None: a variant or its metric is not there, or both sums are 0, which says nothing."""
-    values = {name: variants.get(name, {}).get(target.metric) for name in (*target.variant, *target.over)}
+    values: dict[str, Any] = {
+        name: variants.get(name, {}).get(target.metric) for name in (*target.variant, *target.over)
+    }
     if not all(isinstance(value, int | float) for value in values.values()):
         return None
     top = float(sum(values[name] for name in target.variant))
