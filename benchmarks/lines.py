@@ -77,10 +77,7 @@ def committed(folder: Path = RESULTS) -> list[Record]:
     """All of benchmarks/results: result lines as they are, other commands' results by benchmarks/records.py."""
     from benchmarks import records
 
-    try:
-        found = list(records_of(records.lines(folder)))
-    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise Unusable(f"{folder}: {type(error).__name__}: {error}") from None
+    found = list(records_of(records.lines(folder)))
     paths = sorted(path for path in folder.glob("*.jsonl") if path.name not in records.READERS)
     return [*found, *of_files(paths)] if paths else found
 

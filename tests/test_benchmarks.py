@@ -111,7 +111,7 @@ def test_a_broken_line_is_named_and_no_traceback(name, tmp_path, capsys):
     assert f"cannot read {path}: 'utf-8'" in capsys.readouterr().err
 
 
-def test_without_files_all_that_is_committed_counts(tmp_path):
+def test_without_files_all_that_is_committed_counts(tmp_path, capsys):
     found = {record["benchmark"] for record in lines.given([])}
     assert {"laurel", "peers", "end_to_end", "scaling", "records"} <= found
     (tmp_path / "peers.jsonl").write_text(line("ours", 1.0, "peers"))
@@ -120,9 +120,15 @@ def test_without_files_all_that_is_committed_counts(tmp_path):
         json.dumps({"case": {"dtype": "float32", "rows": 1, "rank": 1}, "variant": "add+norm", "peak_mib": 1.0})
     )
     assert [r["benchmark"] for r in lines.committed(tmp_path)] == ["records", "peers"]
-    (tmp_path / "laurel_memory.jsonl").write_text("{}")
-    with pytest.raises(lines.Unusable, match="KeyError: 'variant'"):
-        lines.committed(tmp_path)
+    for text, said in (
+        ("{}", "laurel_memory.jsonl: KeyError: 'variant'"),
+        ('{"var', "laurel_memory.jsonl: JSONDecode"),
+    ):
+        (tmp_path / "laurel_memory.jsonl").write_text(text)
+        with pytest.raises(lines.Unusable, match=said):
+            lines.committed(tmp_path)
+        assert command.main(["records", "--folder", str(tmp_path)]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_compare_takes_ratios_and_not_times(tmp_path, capsys):
