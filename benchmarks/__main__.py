@@ -11,8 +11,9 @@ peers       every op beside other packages, in one run
 end_to_end  the trainer, method by method, beside plain torch
 records     committed results of other commands as result lines
 
-OP          one op's benchmark with its own options; --explain says what a case needs and what the op chooses
-            without one: all of them, with their defaults
+OP          one op's benchmark with its own options; --explain says what a case needs and what the op chooses; exit
+            status 77 if it cannot run here
+            without one: all of them, with their defaults; a failed one does not stop the others
 """
 
 import os
@@ -55,12 +56,18 @@ def main(arguments: list[str]) -> int:
     if arguments and arguments[0] not in OPS:
         print(f"benchmarks: op must be one of {', '.join([*COMMANDS, *OPS])}, got {arguments[0]!r}", file=sys.stderr)
         return 2
+    statuses = {}
     for op in arguments[:1] or OPS:
         print(f"== {op}", flush=True)
         done = subprocess.run([sys.executable, "-m", f"benchmarks.ops.{op}", *arguments[1:]], check=False)
-        if done.returncode:
-            return done.returncode
-    return 0
+        statuses[op] = done.returncode
+    if arguments:
+        return statuses[arguments[0]]
+    # Those that cannot run here have said so.
+    failed = [op for op, status in statuses.items() if status not in (0, 77)]
+    if failed:
+        print(f"benchmarks: failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -62,8 +62,25 @@ def machine() -> dict[str, Any]:
     return {**runner.machine(), "clone": native.cpu_clone()}
 
 
+def held(path: Path) -> dict[str, Any]:
+    """What the file holds of each op.
+
+    Raises:
+        ValueError: it is there and has no baselines.
+    """
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())["ratios"]
+        if isinstance(found, dict):
+            return found
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"--file must hold baselines or not exist, got {path}: {error}") from None
+    raise ValueError(f"--file must hold baselines or not exist, got {path}")
+
+
 def write(path: Path, ops: list[str], rounds: int) -> None:
-    old = json.loads(path.read_text())["ratios"] if path.exists() else {}
+    old = held(path)
     new: dict[str, Any] = {}
     for name in ops:
         op = suite.load(name)
@@ -74,8 +91,8 @@ def write(path: Path, ops: list[str], rounds: int) -> None:
         print(f"{name}: {', '.join(f'{k} {v:.2f}' for k, v in middle.items())}", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    held = dict(sorted({**old, **new}.items()))
-    temporary.write_text(json.dumps({"machine": machine(), "ratios": held}, indent=1) + "\n")
+    both = dict(sorted({**old, **new}.items()))
+    temporary.write_text(json.dumps({"machine": machine(), "ratios": both}, indent=1) + "\n")
     os.replace(temporary, path)
 
 
@@ -140,6 +157,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--file", type=Path, default=PATH, help="default: baselines/cpu.json beside this module")
     parser.add_argument("--write", action="store_true")
     a = parser.parse_args(arguments)
+    if a.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {a.rounds}")
+    if a.write:
+        # Before anything is measured.
+        try:
+            held(a.file)
+        except ValueError as error:
+            parser.error(str(error))
+        if why := suite.refusal(a.file):
+            parser.error(f"--file must be one that can be written, got {a.file}: {why}")
     torch.set_num_threads(1)
     runner.keep_memory()
     if a.write:

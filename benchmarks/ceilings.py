@@ -132,8 +132,8 @@ def measure(
 
 
 def thread_counts() -> list[int]:
-    """1 and 2, which benchmarks ask for, and all cores."""
-    cores = os.cpu_count() or 1
+    """1 and 2, which benchmarks ask for, and all cores that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return sorted({count for count in (1, 2, cores) if count <= cores})
 
 
@@ -160,6 +160,8 @@ def main(arguments: list[str]) -> int:
     a = parser.parse_args(arguments)
     if a.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device must be one that is there, got 'cuda', and torch sees none")
+    if a.threads is not None and min(a.threads) < 1:
+        parser.error(f"--threads must be at least 1, got {min(a.threads)}")
     device = torch.device(a.device)
     if a.threads is None:
         a.threads = thread_counts() if a.device == "cpu" else [torch.get_num_threads()]

@@ -4,12 +4,15 @@ Builds the compiled modules in place, runs the tests that are marked gpu and the
 benchmarks on the shapes of the targets, and writes benchmarks/results/<date>-<device>-<parts>.json (what ran, what it
 took, what failed, all measurements), .jsonl (the measurements alone, for `check` and `report`) and .md (the tables).
 Files are written anew after every step, and the output of the step that runs lies in <stem>.running, so that a killed
-session leaves what it has. A step that fails or overruns is recorded and the next one starts; exit status 1 if any did.
+session leaves what it has. A step that fails or overruns is recorded and the next one starts; exit status 1 if any did,
+3 if none did and the budget cut or left out some.
 
-Each part ends within 9 minutes, for machines that are lent for ten at a time; "build" comes first, and parts and steps
-stand in the order of their importance. --budget cuts the whole session: steps get what is left of it. --wheels: a
-folder of pure wheels of other packages (liger-kernel ...), unpacked and put on the path. --tune adds a part that times
-other launch parameters and writes proposals; nothing is edited.
+A session ends within 9 minutes, for machines that are lent for ten at a time: steps get what is left of --budget, by
+default 530 s, in the order of their importance: the build, the shapes of the targets, then tests, other packages and
+further sizes, part after part; what no time is left for is named as left out. --parts chooses parts; each ends within 9
+minutes by the limits of its own steps, and there is no budget unless one is given. --wheels: a folder of pure wheels of
+other packages (liger-kernel ...), unpacked and put on the path. --tune adds a part that times other launch parameters
+and writes proposals; nothing is edited.
 """
 
 import argparse
@@ -25,6 +28,8 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+from benchmarks.lines import Record, measured
 
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
@@ -61,16 +66,23 @@ LAUREL = [
 
 @dataclass
 class Step:
-    """One command: `seconds` is its limit, `lines` says whether it prints measurements as JSON lines."""
+    """One command: `seconds` is its limit, `lines` says whether it prints measurements as JSON lines, `target` whether
+    targets need them."""
 
     name: str
     command: list[str]
     seconds: int
     lines: bool = False
+    target: bool = False
 
 
-PARTS = ("build", "marked", "ops", "laurel", "looped", "optim", "speed", "peers")
+# In the order of their importance.
+PARTS = ("build", "marked", "speed", "peers", "optim", "ops", "laurel", "looped")
 TUNE = "tune"
+# Of a session without --parts: under 9 minutes, and what starting and writing take.
+BUDGET = 530.0
+# Exit status where nothing failed and not everything ran.
+INCOMPLETE = 3
 
 
 def steps(part: str, build_dir: str, proposals: str = "launches.json") -> list[Step]:
@@ -98,6 +110,13 @@ def steps(part: str, build_dir: str, proposals: str = "launches.json") -> list[S
     return speed_steps()
 
 
+def all_steps(build_dir: str) -> list[Step]:
+    """What a session runs without --parts: the build, what targets need, and the rest, part after part."""
+    build, *others = (steps(part, build_dir) for part in PARTS)
+    rest = [step for part in others for step in part]
+    return [*build, *sorted(rest, key=lambda step: not step.target)]
+
+
 def build_steps(build_dir: str) -> list[Step]:
     return [
         Step("configure", ["cmake", "-S", ".", "-B", build_dir, "-G", "Ninja", f"-DPython_EXECUTABLE={PYTHON}",
@@ -109,12 +128,13 @@ def build_steps(build_dir: str) -> list[Step]:
 
 def optim_steps(pytest: list[str]) -> list[Step]:
     found = [Step("tests of the optimizers' ops on the device", [*pytest, *OPTIM_TESTS, "tests/optim"], 380)]
-    for options in ("--ranks=16 --pairs=500 --rows=4096", "--ranks=64 --pairs=64 --rows=4096"):
+    for options, target in (("--ranks=16 --pairs=500 --rows=4096", True), ("--ranks=64 --pairs=64 --rows=4096", False)):
         command = [PYTHON, "-m", "benchmarks.ops.lora_rite", "--device=cuda", "--rounds=9", "--json", *options.split()]
-        found.append(Step(f"lora_rite {options}", command, 45, lines=True))
+        found.append(Step(f"lora_rite {options}", command, 45, lines=True, target=target))
     command = [PYTHON, "-m", "benchmarks.ops.batched_eigh", "--device=cuda", "--rounds=5", "--json"]
     roots = [PYTHON, "-m", "benchmarks.ops.shampoo_gpu", "--json"]
-    return [*found, Step("batched_eigh", command, 30, lines=True), Step("shampoo roots", roots, 30, lines=True)]
+    found.append(Step("batched_eigh", command, 30, lines=True))
+    return [*found, Step("shampoo roots", roots, 30, lines=True, target=True)]
 
 
 def peer_steps() -> list[Step]:
@@ -131,24 +151,25 @@ def peer_steps() -> list[Step]:
     )
     command = [PYTHON, "-m", "benchmarks.peers", "--device=cuda", "--rounds=5", "--json"]
     return [
-        Step(f"peers {op} {options}", [*command, "--op", op, *options.split()], seconds, lines=True)
+        Step(f"peers {op} {options}", [*command, "--op", op, *options.split()], seconds, True, op == "distillation")
         for op, options, seconds in given
     ]
 
 
 def speed_steps() -> list[Step]:
     ceilings = [PYTHON, "-m", "benchmarks", "ceilings", "--device=cuda", "--json"]
-    found = [Step("ceilings", ceilings, 20, lines=True)]
+    found = [Step("ceilings", ceilings, 20, lines=True, target=True)]
     for case, divergence, rows, dim, teacher_dim, vocab in LOSSES:
         options = f"--case={case} --divergence={divergence} --rows={rows} --dim={dim} --teacher-dim={teacher_dim}"
         command = [PYTHON, "-m", "benchmarks.ops.distill", *options.split(), f"--vocab={vocab}", "--dtype=bfloat16"]
         name = f"distill {case} {divergence} {rows} x {dim} x {vocab}"
-        found.append(Step(name, [*command, "--rounds=5", "--json"], 42, lines=True))
+        target = vocab == 128256 and (case, divergence) in (("hidden", "forward_kl"), ("hard", "forward_kl"))
+        found.append(Step(name, [*command, "--rounds=5", "--json"], 42, lines=True, target=target))
     command = [PYTHON, "-m", "benchmarks.ops.token_stats", "--dtype=bfloat16", "--dim=256", "--json"]
     found.append(Step("token_stats", command, 30, lines=True))
     for options in LAUREL:
         command = [PYTHON, "-m", "benchmarks.ops.laurel_gpu", "--rounds=5", "--json", *options.split()]
-        found.append(Step(f"laurel {options}", command, 35, lines=True))
+        found.append(Step(f"laurel {options}", command, 35, lines=True, target="rw_lr --check-all" in options))
     options = "--forms=glue --dims=2048 --rows=8192 --dtypes=bfloat16 --rounds=5 --json"
     found.append(Step("loop_step", [PYTHON, "-m", "benchmarks.ops.loop_step", *options.split()], 20, lines=True))
     options = "--dims=2048 --layers=12 --block=4 --dtypes=bfloat16 --json"
@@ -167,10 +188,19 @@ class Outcome:
     seconds: float
     out: str
     lines: bool = False
+    stopped: bool = False
+    left_out: bool = False
 
     @property
-    def measurements(self) -> list[str]:
-        return [line for line in self.out.splitlines() if line.startswith('{"')] if self.lines else []
+    def state(self) -> str:
+        return (
+            "ok" if self.ok else "cut" if self.stopped and self.left_out else "left out" if self.left_out else "FAILED"
+        )
+
+    @property
+    def measurements(self) -> list[Record]:
+        """Without the half of a line that a stopped step may leave."""
+        return measured(self.out) if self.lines else []
 
 
 def run(step: Step, seconds: float, running: Path, path: str = "") -> Outcome:
@@ -199,7 +229,7 @@ def run(step: Step, seconds: float, running: Path, path: str = "") -> Outcome:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     text = running.read_text(errors="replace") + stopped
-    return Outcome(step.name, process.returncode == 0, time.monotonic() - start, text, step.lines)
+    return Outcome(step.name, process.returncode == 0, time.monotonic() - start, text, step.lines, bool(stopped))
 
 
 def unpack(wheels: Path, target: Path) -> list[str]:
@@ -213,18 +243,21 @@ def unpack(wheels: Path, target: Path) -> list[str]:
     return found
 
 
-def with_copy_share(lines: list[str]) -> list[str]:
-    """Adds `of_copy`, the share of the copy bandwidth, to lines that say GB/s and no share, once it is measured."""
-    records = [json.loads(line) for line in lines]
+def with_copy_share(records: list[Record]) -> list[Record]:
+    """Adds `of_copy`, the share of the copy bandwidth, to results that say GB/s and no share, once it is measured."""
     copies = [
-        r["bytes"] / r["wall_low"] / 1e9 for r in records if (r["benchmark"], r["variant"]) == ("ceilings", "copy")
+        r["bytes"] / r["wall_low"] / 1e9
+        for r in records
+        if (r["benchmark"], r["variant"]) == ("ceilings", "copy") and r.get("bytes") and r.get("wall_low")
     ]
     if not copies:
-        return lines
-    for r in records:
-        if "gb_per_s" in r and r["benchmark"] != "ceilings" and r["case"].get("device") == "cuda":
-            r.setdefault("of_copy", r["gb_per_s"] / max(copies))
-    return [json.dumps(r) for r in records]
+        return records
+
+    def shared(r: Record) -> Record:
+        applies = "gb_per_s" in r and r["benchmark"] != "ceilings" and r["case"].get("device") == "cuda"
+        return {"of_copy": r["gb_per_s"] / max(copies), **r} if applies else r
+
+    return [shared(r) for r in records]
 
 
 class Session:
@@ -245,17 +278,17 @@ class Session:
         self.write()
 
     def write(self) -> None:
-        lines = with_copy_share([line for o in self.outcomes for line in o.measurements])
+        records = with_copy_share([record for o in self.outcomes for record in o.measurements])
         steps = [{k: v for k, v in asdict(o).items() if k not in ("out", "lines")} for o in self.outcomes]
-        whole = {**self.head, "steps": steps, "measurements": [json.loads(line) for line in lines]}
+        whole = {**self.head, "steps": steps, "measurements": records}
         report = [f"# {self.head['device']}, {self.head['date']}", ""]
         report += [", ".join(f"{name} {value}" for name, value in self.head.items()), ""]
         for o in self.outcomes:
             tail = "\n".join(o.out.splitlines()[-25:])
-            report += [f"## {o.name}: {'ok' if o.ok else 'failed'}, {o.seconds:.0f} s", "", "```", tail, "```", ""]
+            report += [f"## {o.name}: {o.state.lower()}, {o.seconds:.0f} s", "", "```", tail, "```", ""]
         for suffix, text in (
             (".json", json.dumps(whole, indent=1) + "\n"),
-            (".jsonl", "".join(f"{line}\n" for line in lines)),
+            (".jsonl", "".join(f"{json.dumps(record)}\n" for record in records)),
             (".md", "\n".join(report)),
         ):
             temporary = self.file(f"{suffix}.tmp")
@@ -271,18 +304,22 @@ def perform(session: Session, chosen: list[Step], budget: float | None, path: st
     """Runs the steps; what failed and what no time was left for is named. Exit status."""
     deadline = None if budget is None else time.monotonic() + budget
     failed: list[str] = []
+    left_out: list[str] = []
     running = session.file(".running")
     try:
         for step in chosen:
             left = step.seconds if deadline is None else min(step.seconds, deadline - time.monotonic())
             if left < 1:
-                session.add(Outcome(step.name, False, 0.0, "left out: no time was left"))
-            else:
-                session.add(run(step, left, running, path))
-            last = session.outcomes[-1]
-            print(f"{'ok    ' if last.ok else 'FAILED'} {last.seconds:6.1f} s  {step.name}", flush=True)
+                session.add(Outcome(step.name, False, 0.0, "no time was left", left_out=True))
+                left_out.append(step.name)
+                continue
+            last = run(step, left, running, path)
+            # Ended by the budget and not by its own limit: what it shows is a part, and no failure.
+            last.left_out = last.stopped and left < step.seconds
+            session.add(last)
+            print(f"{last.state:<8} {last.seconds:6.1f} s  {step.name}", flush=True)
             if not last.ok:
-                failed.append(step.name)
+                (left_out if last.left_out else failed).append(step.name)
                 print(last.out[-4000:], flush=True)
     except KeyboardInterrupt:
         text = running.read_text(errors="replace") if running.exists() else ""
@@ -291,15 +328,18 @@ def perform(session: Session, chosen: list[Step], budget: float | None, path: st
     running.unlink(missing_ok=True)
     count = sum(len(o.measurements) for o in session.outcomes)
     print(f"{count} measurements in {session.file('.json')}; failed: {', '.join(failed) or 'none'}")
-    return 1 if failed else 0
+    if left_out:
+        print(f"no time was left for: {', '.join(left_out)}")
+    return 1 if failed else INCOMPLETE if left_out else 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--build-dir", default="build/gpu")
-    parser.add_argument("--parts", nargs="+", choices=(*PARTS, TUNE), default=list(PARTS))
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="of the whole session; default: of each step")
+    parser.add_argument("--parts", nargs="+", choices=(*PARTS, TUNE), help="default: all, as far as the budget goes")
+    of = f"of the whole session; default: {BUDGET:g}, with --parts none"
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help=of)
     parser.add_argument("--wheels", type=Path, default=ROOT / "wheels", metavar="FOLDER")
     parser.add_argument("--tune", action="store_true", help="also propose launch parameters")
     a = parser.parse_args(arguments)
@@ -311,16 +351,18 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("gpu_session: this machine must have a CUDA device; torch sees none", file=sys.stderr)
         return 2
-    parts = [*a.parts, *([TUNE] if a.tune and TUNE not in a.parts else [])]
+    budget = BUDGET if a.budget is None and a.parts is None else a.budget
     versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0]}
-    session = Session(a.out, torch.cuda.get_device_name(), [] if parts == list(PARTS) else parts, versions)
+    session = Session(a.out, torch.cuda.get_device_name(), a.parts or [], versions)
     unpacked = ROOT / "build" / "peers"
     wheels = unpack(a.wheels, unpacked)
     print(f"wheels: {', '.join(wheels) or 'none'}", flush=True)
     signal.signal(signal.SIGTERM, stop)
     proposals = str(session.file("-launches.json"))
-    chosen = [step for part in parts for step in steps(part, a.build_dir, proposals)]
-    return perform(session, chosen, a.budget, str(unpacked) if wheels else "")
+    extra = [TUNE] if a.tune and TUNE not in (a.parts or []) else []
+    chosen = [] if a.parts else all_steps(a.build_dir)
+    chosen += [step for part in [*(a.parts or []), *extra] for step in steps(part, a.build_dir, proposals)]
+    return perform(session, chosen, budget, str(unpacked) if wheels else "")
 
 
 if __name__ == "__main__":

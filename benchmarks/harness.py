@@ -9,6 +9,8 @@ import argparse
 import json
 import math
 import statistics
+import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -119,6 +121,11 @@ def peak_mib(op: Op, case: Case, variant: str, threads: int) -> float:
     return int(runner.in_fresh_process(op.module(), *options, f"--peak-of={variant}")) / 2**20
 
 
+def reason_of(error: Exception) -> str:
+    said = (getattr(error, "stderr", None) or "").strip().splitlines()
+    return f"{type(error).__name__}: {error}{': ' + said[-1] if said else ''}"
+
+
 def title(case: Case) -> str:
     return ", ".join(f"{k} {v}" for k, v in case.items())
 
@@ -129,10 +136,16 @@ def one_case(op: Op, case: Case, a: argparse.Namespace, names: Sequence[str]) ->
     p = prepare(op, case, names, a.warm)
     timings, extra = measure(op, case, p, a.rounds, a.least)
     for name in p.variants if a.memory or a.device == "cuda" else ():
-        if a.device == "cuda":
-            extra[name]["peak_mib"] = runner.peak_device_memory(p.variants[name]) / 2**20
-        elif name not in op.floor_of(op.ours):
-            extra[name]["peak_mib"] = peak_mib(op, case, name, torch.get_num_threads())
+        # Times that are taken already outlive a process that is killed for its memory.
+        try:
+            if a.device == "cuda":
+                extra[name]["peak_mib"] = runner.peak_device_memory(p.variants[name]) / 2**20
+            elif name not in op.floor_of(op.ours):
+                extra[name]["peak_mib"] = peak_mib(op, case, name, torch.get_num_threads())
+        except (subprocess.CalledProcessError, OSError, ValueError, LookupError, RuntimeError) as error:
+            print(
+                f"{op.name}: {title(case)}: no peak memory of {name}: {reason_of(error)}", file=sys.stderr, flush=True
+            )
     if a.json:
         print("\n".join(runner.result_lines(op.name, case, timings, extra)), flush=True)
         return
@@ -148,6 +161,8 @@ def parse(op: Op, arguments: Sequence[str] | None = None) -> argparse.Namespace:
     a = parser.parse_args(arguments)
     if reason := missing(a.device):
         parser.error(reason)
+    if a.rounds < 1 or a.threads < 0:
+        parser.error(f"--rounds must be at least 1 and --threads at least 0, got {a.rounds} and {a.threads}")
     return a
 
 
@@ -156,7 +171,10 @@ def cases_of(op: Op, a: argparse.Namespace) -> list[Case]:
 
 
 def main(op: Op) -> None:
-    a = parse(op)
+    runner.told(lambda: perform(op, parse(op)))
+
+
+def perform(op: Op, a: argparse.Namespace) -> None:
     if a.threads:
         torch.set_num_threads(a.threads)
     if a.peak_of:

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).with_name("results")
+from benchmarks.lines import RESULTS, Unusable
+
 MACHINE = ("date", "processor", "cores", "threads", "load", "gpu", "torch", "effkern", "python")
 Found = Iterator[tuple[dict[str, Any], str, dict[str, Any]]]
 """Case, variant, fields."""
@@ -135,17 +136,28 @@ def machine_of(path: Path) -> dict[str, Any]:
 
 
 def lines(folder: Path = RESULTS) -> list[str]:
-    """All result lines that the files of `folder` hold."""
+    """All result lines that the files of `folder` hold.
+
+    Raises:
+        Unusable: one of them is not what its command writes.
+    """
     found = []
-    for file, (of, read) in READERS.items():
+    for file in READERS:
         path = folder / file
-        if not path.exists():
-            continue
-        machine = machine_of(path)
-        for case, variant, fields in read(path):
-            case = {"of": of, **{key: value for key, value in case.items() if key != "device"}, "device": "cpu"}
-            record = {"benchmark": "records", "case": case, "variant": variant, **fields, **machine, "file": file}
-            found.append(json.dumps(record))
+        if path.exists():
+            try:
+                found += lines_from(path)
+            except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+                raise Unusable(f"cannot read {path}: {type(error).__name__}: {error}") from None
+    return found
+
+
+def lines_from(path: Path) -> list[str]:
+    (of, read), machine, found = READERS[path.name], machine_of(path), []
+    for case, variant, fields in read(path):
+        case = {"of": of, **{key: value for key, value in case.items() if key != "device"}, "device": "cpu"}
+        record = {"benchmark": "records", "case": case, "variant": variant, **fields, **machine, "file": path.name}
+        found.append(json.dumps(record))
     return found
 
 
@@ -158,7 +170,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--json", nargs="?", const="-", default="", metavar="FILE", help="JSON lines on standard output, or in FILE"
     )
     a = parser.parse_args(arguments)
-    found = lines(a.folder)
+    try:
+        found = lines(a.folder)
+    except Unusable as error:
+        print(f"benchmarks records: {error}", file=sys.stderr)
+        return 2
     if not found:
         print(f"benchmarks records: {a.folder} must hold one of {', '.join(READERS)}, got none", file=sys.stderr)
         return 2

@@ -4,7 +4,7 @@ Writes report.html (one file, pictures inside), report.md and a PNG per picture.
 and not measured. Then each op: a picture with a row per case and a mark per variant (its time over that of our own
 variant in the same case and run, on a logarithmic axis; right of 1 is slower than ours), and a table. Then the peers,
 the trainer end to end, cost against size, and the machine's ceilings, as far as the files hold their lines. Without
-FILE: results/suite.jsonl and what other commands have committed (benchmarks/records.py).
+FILE: everything that is committed in benchmarks/results.
 """
 
 import argparse
@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import records, targets
+from benchmarks import lines, targets
 from benchmarks import report_plots as plots
 from benchmarks.report_plots import Lines, our_variant
-from benchmarks.targets import LATEST, Cases, Finding
+from benchmarks.targets import Cases, Finding
 
 # Their lines have sections of their own.
 APART = ("ceilings", "scaling", "records", "peers", "end_to_end")
@@ -40,6 +40,7 @@ class Page:
     def __init__(self, folder: Path) -> None:
         self.folder, self.text, self.html = folder, list[str](), list[str]()
         self.contents: list[tuple[str, str]] = []
+        self.pictures: dict[str, str] = {}
 
     def heading(self, title: str, level: int = 2) -> None:
         anchor = re.sub("[^a-z0-9]+", "-", title.lower()).strip("-")
@@ -62,7 +63,11 @@ class Page:
         )
 
     def picture(self, name: str, draw: Callable[[Path], bool], says: str) -> None:
-        path = self.folder / f"{name}.png"
+        # A line may name its benchmark as it likes; the file stays in the folder, and two names have two files.
+        stem = re.sub("[^A-Za-z0-9_-]+", "-", name).strip("-") or "picture"
+        while self.pictures.setdefault(stem, name) != name:
+            stem += "-"
+        path = self.folder / f"{stem}.png"
         if draw(path):
             self.text.append(f"![{says}]({path.name})")
             data = base64.b64encode(path.read_bytes()).decode()
@@ -223,10 +228,10 @@ def peer_section(page: Page, cases: Mapping[str, Lines]) -> None:
         page.heading(f"Peers: {op}", 3)
         page.picture(f"peers_{op}", lambda path, op=op, found=found: plots.ratios(op, found, path), f"{op}: peers")  # type: ignore[misc]
         page.table(figures(found), folded="all figures")
-        lines = [line for variants in found.values() for line in variants.values()]
-        left_out = {name: why for line in lines for name, why in line.get("left_out", {}).items()}
+        members = [line for variants in found.values() for line in variants.values()]
+        left_out = {name: why for line in members for name, why in line.get("left_out", {}).items()}
         notes = [f"{name}: left out: {why}" for name, why in left_out.items()]
-        differing = {line["variant"]: line["differs"] for line in lines if "differs" in line}
+        differing = {line["variant"]: line["differs"] for line in members if "differs" in line}
         notes += [f"{name} differs: {how}" for name, how in differing.items()]
         if notes:
             page.text.append("\n".join(f"- {note}" for note in notes))
@@ -354,20 +359,18 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="default: all of benchmarks/results")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="FOLDER", help="default: runs/bench")
     a = parser.parse_args(arguments)
     try:
-        lines = [line for path in a.files or [LATEST] for line in path.read_text().splitlines()]
+        cases = targets.gathered(lines.given(a.files))
+        write(cases, a.out)
+    except lines.Unusable as error:
+        print(f"benchmarks report: {error}", file=sys.stderr)
+        return 2
     except OSError as error:
-        print(f"benchmarks report: cannot read {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"benchmarks report: --out must be a folder that can be written, got {a.out}: {error}", file=sys.stderr)
         return 2
-    cases = targets.read_lines(lines if a.files else [*records.lines(), *lines])
-    if not cases:
-        given = ", ".join(map(str, a.files))
-        print(f"benchmarks report: {given or LATEST} must hold result lines, got none", file=sys.stderr)
-        return 2
-    write(cases, a.out)
     print(f"{a.out / 'report.html'}, {a.out / 'report.md'}")
     return 0
 

@@ -11,7 +11,7 @@ Lines = Mapping[str, dict[str, Any]]
 
 # Names that our own variant may have, in the order in which one is looked for.
 OURS = ("effkern", "LoRA-RITE", "ours, roots every step", "effkern step", "auto", "effkern one-sided Shampoo",
-        "effkern LoRA-RITE")  # fmt: skip
+        "effkern LoRA-RITE", "logits")  # fmt: skip
 COLOURS = ("#c0392b", "#2471a3", "#7d8c93", "#b9770e", "#7d3c98", "#117864", "#a04000", "#515a5a", "#d35400", "#1f618d",
            "#943126", "#6c3483")  # fmt: skip
 MARKERS = "sD^vP*Xphd<>"

@@ -19,6 +19,23 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 
+class Skip(SystemExit):
+    """This machine cannot run the benchmark, and why: exit status 77, as test harnesses have it, and no failure."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.code = 77
+
+
+def told(main: Callable[[], None]) -> None:
+    """Runs a command, which says why it is left out if it is."""
+    try:
+        main()
+    except Skip as skip:
+        print(f"left out: {skip}", flush=True)
+        raise
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds of one variant over the rounds."""

@@ -118,6 +118,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--huge", action="store_true", help="calls of more than 2^31 elements instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write one JSON object per size")
     a = parser.parse_args(arguments)
+    if a.rounds < 1 or a.threads < 1:
+        parser.error(f"--rounds and --threads must be at least 1, got {a.rounds} and {a.threads}")
+    if a.json and (why := suite.refusal(a.json)):
+        parser.error(f"--json must be a file that can be written, got {a.json}: {why}")
     torch.set_num_threads(a.threads)
     if a.huge:
         failed = 0

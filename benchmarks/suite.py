@@ -3,12 +3,14 @@
 First come the ceilings of this machine (copy and products, for each number of threads), as lines of their own. Each
 benchmark then runs in a process of its own, checks its results before it times them, and prints one JSON object per
 case and variant, to which the case's bound by those ceilings is added. The file is written anew, whole, after each of
-them, so that an interrupted run leaves what it measured; what the file held of other ops stays.
-`python -m benchmarks check FILE` holds it against targets.toml.
+them: a line goes only when a new one of the same benchmark, case, device and variant has come, so that a failed or
+interrupted run, a short one, or one on another device loses nothing. Unless --json names a file it is
+runs/bench/suite.jsonl; `--full --json benchmarks/results/suite.jsonl` renews what is committed.
+`python -m benchmarks check FILE` holds it against targets.toml. What cannot run here is left out, with the reason; exit
+status 1 if one failed.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -17,10 +19,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.targets import LATEST
+from benchmarks import lines
 
 if TYPE_CHECKING:
     from benchmarks.case import Op
+
+DEFAULT = Path("runs/bench/suite.jsonl")
+# Exit status of a benchmark that cannot run here (runner.Skip).
+LEFT_OUT = 77
 
 # Options of the short run (minutes) and of the full one; the targets' cases are in both where the time allows.
 QUICK = {
@@ -88,22 +94,42 @@ def load(op: str) -> "Op":
     return import_module(f"benchmarks.ops.{op}").OP
 
 
-def lines_of(out: str) -> list[str]:
-    return [line for line in out.splitlines() if line.startswith('{"') and '"variant"' in line]
+def kept(path: Path) -> list[str]:
+    """What the file holds. Half of a line, as a killed command may leave, is dropped with a warning.
+
+    Raises:
+        lines.Unusable: it cannot be read.
+    """
+    found = []
+    for number, line in enumerate(lines.text_of(path).splitlines() if path.exists() else (), 1):
+        try:
+            lines.record_of(line)
+        except ValueError as error:
+            print(f"benchmarks run: {path}, line {number} is dropped: {error}", file=sys.stderr)
+        else:
+            found.append(line)
+    return found
 
 
-def kept(path: Path, ops: list[str]) -> list[str]:
-    """Lines of other ops."""
-    if not path.exists():
-        return []
-    return [line for line in lines_of(path.read_text()) if json.loads(line)["benchmark"] not in ops]
-
-
-def write(path: Path, lines: list[str]) -> None:
+def write(path: Path, text: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in lines))
+    temporary.write_text("".join(f"{line}\n" for line in text))
     os.replace(temporary, path)
+
+
+def refusal(path: Path) -> str | None:
+    """Why `write` would fail."""
+    if path.is_dir():
+        return "it is a folder"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        return str(error)
+    return None
 
 
 def commands(op: str, full: bool, device: str | None) -> list[str] | str:
@@ -125,25 +151,33 @@ def main(arguments: list[str]) -> int:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="minutes; the default")
     size.add_argument("--full", action="store_true", help="all sizes, which takes the better part of an hour")
-    parser.add_argument("--json", type=Path, default=LATEST, metavar="FILE", help=f"default: {LATEST.name} in results/")
+    parser.add_argument("--json", type=Path, default=DEFAULT, metavar="FILE", help=f"default: {DEFAULT}")
     a = parser.parse_args(arguments)
 
     # After the arguments, whose help should not wait for torch.
     from benchmarks.ceilings import NAME, Ceilings
     from benchmarks.harness import missing
 
-    if a.device and (reason := missing(a.device)):
+    reason = missing(a.device) if a.device else None
+    if why := refusal(a.json):
+        reason = f"--json must be a file that can be written, got {a.json}: {why}"
+    if reason:
         print(f"benchmarks run: {reason}", file=sys.stderr)
         return 2
+    try:
+        text = kept(a.json)
+    except lines.Unusable as error:
+        print(f"benchmarks run: {error}", file=sys.stderr)
+        return 2
 
-    lines, failed = kept(a.json, [NAME, *a.op]), []
+    failed = []
     device = ["--device", a.device] if a.device else []
-    ok, found = run([sys.executable, "-m", "benchmarks", NAME, "--json", *device], f"{NAME} {' '.join(device)}")
-    if not ok:
+    status, found = run([sys.executable, "-m", "benchmarks", NAME, "--json", *device], f"{NAME} {' '.join(device)}")
+    if status == "FAILED":
         failed.append(NAME)
-    ceilings = Ceilings(map(json.loads, found))
-    lines += found
-    write(a.json, lines)
+    ceilings = Ceilings(found)
+    text = lines.replaced(text, found)
+    write(a.json, text)
     for op in a.op:
         given = commands(op, a.full, a.device)
         if isinstance(given, str):
@@ -151,22 +185,22 @@ def main(arguments: list[str]) -> int:
             continue
         for options in given:
             command = [sys.executable, "-m", module(op), "--json", *options.split()]
-            ok, found = run(command, f"{op} {options}")
-            if not ok:
+            status, found = run(command, f"{op} {options}".rstrip())
+            if status == "FAILED":
                 failed.append(op)
-            lines += [json.dumps(ceilings.with_bound(json.loads(line))) for line in found]
-            write(a.json, lines)
-    print(f"{len(lines)} lines in {a.json}")
+            text = lines.replaced(text, [ceilings.with_bound(record) for record in found])
+            write(a.json, text)
+    print(f"{len(text)} lines in {a.json}; failed: {', '.join(dict.fromkeys(failed)) or 'none'}")
     return 1 if failed else 0
 
 
-def run(command: list[str], name: str) -> tuple[bool, list[str]]:
-    """Whether a benchmark succeeded, and its lines."""
+def run(command: list[str], name: str) -> tuple[str, list[lines.Record]]:
+    """What became of a benchmark ("ok", "left out" or "FAILED"), and its results."""
     start = time.monotonic()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    found = lines_of(done.stdout)
-    ok = done.returncode == 0 and bool(found)
-    print(f"{'ok    ' if ok else 'FAILED'} {time.monotonic() - start:6.1f} s  {name}", flush=True)
-    if not ok:
-        print(done.stdout[-2000:], flush=True)
-    return ok, found
+    found = lines.measured(done.stdout)
+    status = "left out" if done.returncode == LEFT_OUT else "ok" if done.returncode == 0 and found else "FAILED"
+    print(f"{status:<8} {time.monotonic() - start:6.1f} s  {name}", flush=True)
+    if status != "ok":
+        print("\n".join(line for line in done.stdout[-2000:].splitlines() if not line.startswith('{"')), flush=True)
+    return status, found

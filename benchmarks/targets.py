@@ -11,22 +11,23 @@ Each [[target]] of targets.toml is one ratio:
     at_most         or at_least: the bound
 
 FILE holds result lines, one JSON object each, as `python -m benchmarks run` writes them; of a case that was measured
-more than once the last counts. Exit status 1 if a figure misses its bound. What was not measured says so and fails
-nothing.
+more than once the last counts. Without FILE: everything that is committed in benchmarks/results. Exit status 1 if a
+figure misses its bound, 2 if a file has no results or a broken line. What was not measured says so and fails nothing.
 """
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks import lines
 from effkern.train.mapping import read_toml
 
 PATH = Path(__file__).with_name("targets.toml")
-LATEST = Path(__file__).parent / "results" / "suite.jsonl"
 
 
 @dataclass(frozen=True)
@@ -84,19 +85,33 @@ Cases = dict[str, dict[str, dict[str, Any]]]
 """Per benchmark, per case as JSON: the line of each variant."""
 
 
-def read_lines(lines: Iterable[str]) -> Cases:
+def gathered(records: Iterable[lines.Record]) -> Cases:
     found: Cases = {}
-    for line in lines:
-        if not line.startswith('{"'):
-            continue
-        record = json.loads(line)
-        if "variant" in record:
-            case = {"device": "cpu", **record["case"]}
-            if case["device"] != "cpu":
-                case["gpu"] = record.get("gpu")
-            cases = found.setdefault(record["benchmark"], {})
-            cases.setdefault(json.dumps(case, sort_keys=True), {})[record["variant"]] = record
+    for record in records:
+        case = json.dumps(lines.place(record), sort_keys=True)
+        found.setdefault(record["benchmark"], {}).setdefault(case, {})[record["variant"]] = record
     return found
+
+
+def read_lines(text: Iterable[str]) -> Cases:
+    """Raises lines.Unusable: one of them is broken."""
+    return gathered(lines.records_of(text))
+
+
+def figure(target: Target, variants: dict[str, dict[str, Any]]) -> float | None:
+    """None: a variant or its metric is not there, or both sums are 0, which says nothing."""
+    values: dict[str, Any] = {
+        name: variants.get(name, {}).get(target.metric) for name in (*target.variant, *target.over)
+    }
+    if not all(isinstance(value, int | float) for value in values.values()):
+        return None
+    top = float(sum(values[name] for name in target.variant))
+    if not target.over:
+        return top
+    base = float(sum(values[name] for name in target.over))
+    if base:
+        return top / base
+    return math.copysign(math.inf, top) if top else None
 
 
 def findings(targets: Iterable[Target], cases: Cases) -> Iterator[Finding]:
@@ -104,15 +119,9 @@ def findings(targets: Iterable[Target], cases: Cases) -> Iterator[Finding]:
         measured = False
         for text, variants in cases.get(target.benchmark, {}).items():
             case = json.loads(text)
-            names = {*target.variant, *target.over}
-            if not target.fits(case) or any(target.metric not in variants.get(name, {}) for name in names):
-                continue
-
-            def total(names: tuple[str, ...], variants: dict = variants, metric: str = target.metric) -> float:
-                return sum(variants[name][metric] for name in names)
-
-            measured = True
-            yield Finding(target, case, total(target.variant) / (total(target.over) if target.over else 1.0))
+            if target.fits(case) and (found := figure(target, variants)) is not None:
+                measured = True
+                yield Finding(target, case, found)
         if not measured:
             yield Finding(target, target.case, None)
 
@@ -130,20 +139,13 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "files", nargs="*", type=Path, metavar="FILE", help=f"default: {LATEST.name} and benchmarks/records.py"
-    )
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="default: all of benchmarks/results")
     a = parser.parse_args(arguments)
     try:
-        lines = [line for path in a.files or [LATEST] for line in path.read_text().splitlines()]
-    except OSError as error:
-        print(f"benchmarks check: cannot read {error.filename}: {error.strerror}", file=sys.stderr)
+        found = list(findings(read(), gathered(lines.given(a.files))))
+    except lines.Unusable as error:
+        print(f"benchmarks check: {error}", file=sys.stderr)
         return 2
-    if not a.files:
-        from benchmarks import records
-
-        lines = [*records.lines(), *lines]
-    found = list(findings(read(), read_lines(lines)))
     print(markdown(found))
     missed = [f for f in found if f.verdict == "MISSED"]
     unknown = sum(f.figure is None for f in found)

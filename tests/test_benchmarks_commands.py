@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import baseline, scaling, suite
+from benchmarks import baseline, ceilings, harness, scaling, suite
 from benchmarks.case import Huge, Op, Work, WrongResult
 
 ROOT = Path(__file__).parents[1]
@@ -153,6 +153,54 @@ def fresh(arguments, cwd):
     return subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("laurel --rounds=0", "--rounds must be at least 1 and --threads at least 0, got 0 and 2"),
+        ("laurel --threads=-1", "--threads at least 0, got 9 and -1"),
+        ("ceilings --threads 1 0", "--threads must be at least 1, got 0"),
+        ("scaling --rounds 0", "--rounds and --threads must be at least 1, got 0 and 1"),
+        ("scaling --threads 0", "--rounds and --threads must be at least 1, got 5 and 0"),
+        ("scaling --json FOLDER", "--json must be a file that can be written, got FOLDER: it is a folder"),
+        ("baseline --rounds 0", "--rounds must be at least 1, got 0"),
+        ("baseline --write --file EMPTY", "--file must hold baselines or not exist, got EMPTY: Expecting value"),
+        ("baseline --write --file LIST", "--file must hold baselines or not exist, got LIST: "),
+        ("baseline --write --file FOLDER", "--file must hold baselines or not exist, got FOLDER: "),
+    ],
+)
+def test_options_without_sense_are_refused_before_anything_is_measured(words, said, tmp_path, capsys, monkeypatch):
+    def measures(*_):
+        raise AssertionError("measured")
+
+    for module in (ceilings, scaling):
+        monkeypatch.setattr(module, "measure", measures)
+    monkeypatch.setattr(baseline, "ratios", measures)
+    (tmp_path / "EMPTY").write_text("")
+    (tmp_path / "LIST").write_text("[]")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FOLDER").mkdir()
+    name, *rest = words.split()
+    act = (
+        (lambda: command.main([name, *rest]))
+        if name in command.COMMANDS
+        else (lambda: harness.parse(suite.load(name), [*rest, "--device=cpu"]))
+    )
+    with pytest.raises(SystemExit) as stop:
+        act()
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "EMPTY").read_text() == ""
+
+
+def test_ceilings_take_the_cores_that_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(ceilings.os, "cpu_count", lambda: 64)
+    for allowed, counts in (({3}, [1]), ({0, 5}, [1, 2]), (set(range(8)), [1, 2, 8])):
+        monkeypatch.setattr(ceilings.os, "sched_getaffinity", lambda _, allowed=allowed: allowed, raising=False)
+        assert ceilings.thread_counts() == counts
+    monkeypatch.delattr(ceilings.os, "sched_getaffinity")
+    assert ceilings.thread_counts() == [1, 2, 64]
 
 
 def test_pytest_runs_the_entries_of_one_op(tmp_path):

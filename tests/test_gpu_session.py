@@ -66,7 +66,7 @@ def test_a_step_that_overruns_leaves_its_lines_and_no_process(tmp_path):
     )
     found = gpu_session.run(command(program), 1.5, tmp_path / "running")
     assert not found.ok
-    assert found.measurements == [LINE]
+    assert found.measurements == [json.loads(LINE)]
     assert "stopped after 2 s" in found.out
     assert found.seconds < 20
     deadline = time.monotonic() + 10
@@ -101,20 +101,66 @@ def test_every_step_is_recorded_in_three_files(tmp_path, capsys):
     text = session.file(".md").read_text()
     assert "## measured: ok" in text
     assert "broken" in text
-    assert "left out: no time was left" in text
+    assert "## late: left out, 0 s" in text
+    assert "no time was left" in text
     assert not session.file(".running").exists()
-    assert "failed: broken, late" in capsys.readouterr().out
+    assert "failed: broken\nno time was left for: late\n" in capsys.readouterr().out
 
 
 def test_a_budget_cuts_what_comes_last(tmp_path):
     session = Session(tmp_path, "d", [], {})
-    steps = [command("pass", name="first"), command("import time; time.sleep(30)", name="second"),
+    steps = [command("pass", name="first"), command(f"print('{LINE}'); import time; time.sleep(30)", name="second"),
              command("pass", name="third")]  # fmt: skip
     start = time.monotonic()
-    assert gpu_session.perform(session, steps, 1.5, "") == 1
+    assert gpu_session.perform(session, steps, 1.5, "") == gpu_session.INCOMPLETE
     assert time.monotonic() - start < 15
-    assert [(o.name, o.ok) for o in session.outcomes] == [("first", True), ("second", False), ("third", False)]
-    assert "left out" in session.outcomes[2].out
+    assert [(o.name, o.state) for o in session.outcomes] == [("first", "ok"), ("second", "cut"), ("third", "left out")]
+    assert len(session.outcomes[1].measurements) == 1
+    # Its own limit is no budget.
+    steps = [command("import time; time.sleep(30)", 1)]
+    assert gpu_session.perform(Session(tmp_path, "d", [], {}), steps, 20, "") == 1
+
+
+def test_half_a_line_is_no_measurement_and_stops_nothing(tmp_path):
+    session = Session(tmp_path, "d", [], {})
+    other = '{"date": "2026-11-22", "processor": "one"}'
+    session.add(Outcome("cut", False, 1.0, f"{other}\n{LINE}\n{LINE[:30]}\nstopped after 5 s", True))
+    session.add(Outcome("whole", True, 1.0, LINE, True))
+    assert json.loads(session.file(".json").read_text())["measurements"] == [json.loads(LINE)] * 2
+
+
+def test_a_session_without_parts_ends_in_time_with_the_targets_first(tmp_path, monkeypatch):
+    everything = [step.name for part in gpu_session.PARTS for step in gpu_session.steps(part, "build/gpu")]
+    found = gpu_session.all_steps("build/gpu")
+    assert sorted(everything) == sorted(step.name for step in found)
+    assert [step.name for step in found[:4]] == ["configure", "build", "doctor", "ceilings"]
+    flags = [step.target for step in found[3:]]
+    assert flags == sorted(flags, reverse=True)
+    # They fit beside a build of a minute even where each of them takes all of its limit.
+    assert sum(step.seconds for step in found if step.target) + 60 < gpu_session.BUDGET < 540
+    names = " ".join(step.name for step in found if step.target)
+    for needed in (
+        "distill hidden",
+        "distill hard",
+        "laurel --variant=rw_lr",
+        "peers distillation",
+        "lora_rite",
+        "roots",
+    ):
+        assert needed in names
+
+    asked = []
+    monkeypatch.setattr(
+        gpu_session, "perform", lambda _, chosen, budget, path: asked.append((len(chosen), budget)) or 0
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "one")
+    monkeypatch.setattr(gpu_session.signal, "signal", lambda *_: None)
+    words = ["--out", str(tmp_path), "--wheels", str(tmp_path)]
+    for more in ([], ["--parts", "build"], ["--parts", "build", "--budget", "60"], ["--budget", "60", "--tune"]):
+        assert gpu_session.main([*words, *more]) == 0
+    count = len(found)
+    assert asked == [(count, gpu_session.BUDGET), (3, None), (3, 60.0), (count + 1, 60.0)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -171,12 +217,12 @@ def test_pure_wheels_are_unpacked_and_others_left(tmp_path):
 
 
 def test_shares_of_the_copy_bandwidth_are_added_once_it_is_known():
-    def line(benchmark: str, **more) -> str:
-        return json.dumps({"benchmark": benchmark, "variant": "copy", "case": {"device": "cuda"}, **more})
+    def result(benchmark: str, **more) -> dict:
+        return {"benchmark": benchmark, "variant": "copy", "case": {"device": "cuda"}, **more}
 
-    ours, ceiling = line("laurel", gb_per_s=1500.0), line("ceilings", bytes=6e12, wall_low=2.0)
+    ours, ceiling = result("laurel", gb_per_s=1500.0), result("ceilings", bytes=6e12, wall_low=2.0)
     assert gpu_session.with_copy_share([ours]) == [ours]
-    found = [json.loads(text) for text in gpu_session.with_copy_share([ceiling, ours, line("distill")])]
+    found = gpu_session.with_copy_share([ceiling, ours, result("distill")])
     assert [r.get("of_copy") for r in found] == [None, 0.5, None]
 
 

@@ -135,7 +135,7 @@ def test_the_command_writes_lines_that_name_the_case_and_the_left_out(tmp_path, 
     threads = torch.get_num_threads()
     path = tmp_path / "lines.jsonl"
     try:
-        words = ["--op", "add_norm", "--rounds", "1", "--device", "cpu", "--set", "rows=6", "width=3", "--json"]
+        words = ["--op", "add_norm", "--rounds", "1", "--device", "cpu", "--set", "rows=6", "--json"]
         assert command.main([*words, str(path)]) == 0
     finally:
         torch.set_num_threads(threads)
@@ -147,7 +147,16 @@ def test_the_command_writes_lines_that_name_the_case_and_the_left_out(tmp_path, 
     assert "effkern" in capsys.readouterr().out
     assert command.main(["--list", "--device", "cpu"]) == 0
     assert "absent" in capsys.readouterr().out
-    for bad, said in ((["--set", "rows"], "NAME=VALUE, got 'rows'"), (["--set", "rows=x"], "--set: invalid literal")):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for bad, said in (
+        (["--set", "rows"], "NAME=VALUE, got 'rows'"),
+        (["--set", "rows=x"], "--set: invalid literal"),
+        (["--set", "rows=0"], "--set: rows must be at least 1, got 0"),
+        (["--set", "rows=6", "rowz=8"], "--set must name one of dtype, rows, got 'rowz=8'"),
+        (["--set", "dtype=float77"], "--set: dtype of one must be one of bfloat16, float32, got float77"),
+        (["--device", "cuda"], "--device must be one that is there, got 'cuda', and torch sees none"),
+        (["--json", str(tmp_path)], f"--json must be a file that can be written, got {tmp_path}: it is a folder"),
+    ):
         with pytest.raises(SystemExit) as stop:
             command.main(["--op", "add_norm", "--device", "cpu", *bad])
         assert stop.value.code == 2

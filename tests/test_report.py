@@ -142,6 +142,19 @@ def test_bad_files_are_refused(tmp_path, capsys):
     assert "must hold result lines, got none" in capsys.readouterr().err
 
 
+def test_pictures_stay_in_the_folder_whatever_a_benchmark_is_named(tmp_path, capsys):
+    path, folder = tmp_path / "lines.jsonl", tmp_path / "a" / "page"
+    names = ("../../out", "a/b", "a b")
+    path.write_text("\n".join(line(name, {}, v, 1e-3) for name in names for v in ("effkern", "eager")))
+    assert report.main([str(path), "--out", str(folder)]) == 0
+    assert sorted(p.name for p in tmp_path.rglob("*.png")) == ["a-b-.png", "a-b.png", "out.png"]
+    assert len(list(folder.glob("*.png"))) == 3
+    assert "](a-b-.png)" in (folder / "report.md").read_text()
+    capsys.readouterr()
+    assert report.main([str(path), "--out", str(path)]) == 2
+    assert f"--out must be a folder that can be written, got {path}" in capsys.readouterr().err
+
+
 # Committed results as lines -------------------------------------------------------------------------------------------
 
 

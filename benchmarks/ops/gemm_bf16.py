@@ -16,6 +16,7 @@ from benchmarks import harness  # isort: skip
 import torch
 
 from benchmarks.case import Axis, Case, Op, Prepared, Run, Scaling, Work, hold
+from benchmarks.runner import Skip
 from effkern.ops.distill import gemm, gemm_schema
 
 OPS = torch.ops.effkern
@@ -37,7 +38,7 @@ def add_rounded(total: torch.Tensor, grad: torch.Tensor, hidden: torch.Tensor) -
 
 def choose(case: Case) -> None:
     if not gemm_schema.bf16_gemm():
-        raise SystemExit("effkern._C is not built, or this CPU does not multiply bfloat16 (AVX512-BF16)")
+        raise Skip("effkern._C is not built, or this CPU does not multiply bfloat16 (AVX512-BF16)")
     if case["kernel"] != gemm_schema.kernel():
         gemm_schema.choose(case["kernel"])
 

@@ -134,6 +134,8 @@ def main() -> None:
     parser.add_argument("--check-all", action="store_true")
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
     a = parser.parse_args()
+    if a.device == "cuda" and not torch.cuda.is_available():
+        raise runner.Skip("--device must be one that is there, got 'cuda', and torch sees none")
     if a.device == "cpu":
         torch.set_num_threads(a.threads)
     dtype = getattr(torch, a.dtype)
@@ -156,4 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    runner.told(main)

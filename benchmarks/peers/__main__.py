@@ -12,7 +12,6 @@ out, too; a wrong result of this package ends the run.
 
 import argparse
 import json
-import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -23,7 +22,10 @@ from benchmarks import runner  # isort: skip
 
 import torch
 
+from benchmarks.harness import missing
 from benchmarks.peers.peer import Family, measure
+from benchmarks.suite import refusal, write
+from effkern.ops.distill.rows import DIVERGENCES
 
 FAMILIES = ("cross_entropy", "distillation", "add_norm", "matrix_optimizers", "lora_optimizers")
 
@@ -33,12 +35,40 @@ def family_of(name: str) -> Family:
 
 
 def override(case: dict[str, Any], settings: list[str]) -> dict[str, Any]:
-    """The case with NAME=VALUE settings, in the types that it has. Names it does not have belong to other families."""
+    """The case with NAME=VALUE settings, in the types that it has. Names it does not have belong to other families.
+
+    Raises:
+        ValueError: a value that no case of this kind can have.
+    """
     found = dict(case)
     for setting in settings:
         name, _, value = setting.partition("=")
         if name in found:
             found[name] = type(found[name])(value)
+            if isinstance(found[name], int) and found[name] < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+    return found
+
+
+def overridden(family: Family, quick: bool, settings: list[str]) -> list[dict[str, Any]]:
+    """The family's cases with the settings.
+
+    Raises:
+        ValueError: one of them cannot be.
+    """
+    found = distinct([override(case, settings) for case in family.cases(quick)])
+    # Words: those of any case, or what its parts know.
+    known = {"dtype": set(family.bounds), "divergence": set(DIVERGENCES)}
+    for case in family.cases(False):
+        for name, value in case.items():
+            if isinstance(value, str):
+                known.setdefault(name, set()).add(value)
+    for case in found:
+        for name, value in case.items():
+            if isinstance(value, str) and value not in known[name]:
+                raise ValueError(
+                    f"{name} of {family.name} must be one of {', '.join(sorted(known[name]))}, got {value}"
+                )
     return found
 
 
@@ -71,12 +101,6 @@ def listing(device: str) -> str:
     return "\n".join(lines)
 
 
-def write(path: Path, lines: list[str]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in lines))
-    os.replace(temporary, path)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -94,20 +118,27 @@ def main(arguments: list[str] | None = None) -> int:
     a = parser.parse_args(arguments)
     if bad := [setting for setting in a.set if "=" not in setting]:
         parser.error(f"--set must have NAME=VALUE, got {bad[0]!r}")
+    families = [family_of(name) for name in a.op]
+    names = {name for family in families for case in family.cases(not a.full) for name in case}
+    if unknown := [setting for setting in a.set if setting.partition("=")[0] not in names]:
+        parser.error(f"--set must name one of {', '.join(sorted(names))}, got {unknown[0]!r}")
+    if reason := missing(a.device):
+        parser.error(reason)
     if a.rounds < 1 or a.threads < 1:
         parser.error(f"--rounds and --threads must be at least 1, got {a.rounds} and {a.threads}")
     torch.set_num_threads(a.threads)
     if a.list:
         print(listing(a.device))
         return 0
+    try:
+        chosen = [(family, overridden(family, not a.full, a.set)) for family in families]
+    except ValueError as error:
+        parser.error(f"--set: {error}")
+    if a.json not in ("", "-") and (why := refusal(Path(a.json))):
+        parser.error(f"--json must be a file that can be written, got {a.json}: {why}")
     runner.keep_memory()
     lines: list[str] = []
-    for name in a.op:
-        family = family_of(name)
-        try:
-            cases = distinct([override(case, a.set) for case in family.cases(not a.full)])
-        except ValueError as error:
-            parser.error(f"--set: {error}")
+    for family, cases in chosen:
         for case in cases:
             found, text = result_lines(family, case, a.device, a.rounds)
             lines += found
