@@ -174,13 +174,14 @@ def test_rows_that_several_ids_name_are_read_once():
     op = suite.load("mean_pool")
     case = {"kind": "tokens", "dtype": "float32", "vocab": 50, "dim": 16, "length": 128, "groups": 4, "device": "cpu"}
     module = sys.modules[op.module()]
-    table, ids, _ = module.make(case)
+    _, ids, _ = module.make(case)
     rows = len(set(ids.tolist()))
     assert rows < 50 < ids.numel() == 512
     read = 4 * rows * 16 + 8 * 512
     assert op.work(case).bytes == read + 4 * 4 * 16
     assert op.work_of(case, "gather").bytes == read + 4 * 512 * 16
-    assert op.rotates and op.prepare(case, ["effkern"]).held == read
+    assert op.rotates
+    assert op.prepare(case, ["effkern"]).held == read
     hidden = {**case, "kind": "hidden"}
     assert op.work(hidden).bytes == 4 * 512 * 16 + 4 * 4 * 16
     assert op.prepare(hidden, ["effkern"]).held == 4 * 512 * 16
@@ -195,3 +196,49 @@ def test_timed_grams_leave_the_factors(monkeypatch):
     prepared.variants["effkern gram"]()
     assert torch.equal(made[0].factors, factors)
     assert not torch.equal(made[0].scratch, scratch)
+
+
+def test_every_loss_is_checked_at_the_size_that_is_timed(monkeypatch):
+    op = suite.load("distill")
+    module = sys.modules[op.module()]
+    sizes = {"rows": 128, "dim": 16, "vocab": 100, "teacher_dim": 16, "dtype": "float32", "device": "cpu"}
+    case = {"divergence": "forward_kl", "case": "hidden", **sizes}
+    real = module.linear_distill_loss
+    assert list(op.prepare(case, ["products", "effkern", "eager", "8 MiB"]).variants) == [
+        "products", "effkern", "eager", "8 MiB",
+    ]  # fmt: skip
+
+    def refused(name: str) -> None:
+        with pytest.raises(WrongResult, match="wrong result"):
+            op.prepare(case, ["products", name])
+
+    # A competitor that computes nothing; ours wrong beyond the rows of the check.
+    monkeypatch.setattr(module, "liger_loss", lambda _: lambda x: x.hidden.sum() * 0 + x.weight.sum() * 0)
+    refused(module.LIGER_NAME)
+    monkeypatch.setattr(
+        module, "linear_distill_loss",
+        lambda h, *a, **o: (lambda r: r._replace(loss=r.loss * 2) if len(h) > 64 else r)(real(h, *a, **o)),
+    )  # fmt: skip
+    op.check(case)
+    for name in ("effkern", "8 MiB"):
+        refused(name)
+
+
+def test_the_loss_is_checked_in_several_chunks(monkeypatch):
+    from effkern.ops.distill import chunked
+
+    op = suite.load("distill")
+    module = sys.modules[op.module()]
+    case = {"divergence": "forward_kl", "case": "logits", "rows": 64, "dim": 16, "vocab": 100, "teacher_dim": 16,
+            "dtype": "float32", "device": "cpu"}  # fmt: skip
+    real, passes = chunked.row_pass, []
+
+    def counted(impl):
+        run = real(impl)
+        return lambda rows, *a: passes[-1].append(1) or run(rows, *a)
+
+    monkeypatch.setattr(chunked, "row_pass", counted)
+    loss = module.linear_distill_loss
+    monkeypatch.setattr(module, "linear_distill_loss", lambda *a, **o: passes.append([]) or loss(*a, **o))
+    op.check(case)
+    assert [len(p) for p in passes] == [1, 4]

@@ -7,8 +7,8 @@ Forms: `damped` h + (F(h) - h) / 4; `glue` RMSNorm(f + h) w, plus e and a loop e
 the change of each token; `learned` the same with a learned number before each of the four streams.
 Moves count what must be read and written of N x D elements: damped forward f, h, s (3), backward g, df, dh (3); glue
 forward f, h, e, s, x (5), backward the gradients of s and x, s, df (4), as dh is df and that of e that of x; learned
-backward also f, h, e, dh and de, and s~ from f and h instead of s, but s for its scale (9). `copy`, the floor, moves as many bytes
-by Tensor.copy_ into memory that exists; the op's results are fresh memory, as they are in training.
+backward also f, h, e, dh and de, and s~ from f and h instead of s, but s for its scale (9). `copy`, the floor, moves as
+many bytes by Tensor.copy_ into memory that exists; the op's results are fresh memory, as they are in training.
 """
 
 from collections.abc import Callable, Sequence

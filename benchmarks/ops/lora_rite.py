@@ -5,8 +5,8 @@
     python -m benchmarks.ops.lora_rite --device cuda --pairs 500 --rows 4096 --ranks 16
 
 Parameters, gradients and moments are float32; half of the factors are [rows, r], half [r, rows]. `copy` moves as many
-bytes as the floor: five words per element (X, M and G read, X and M written). Its ratio to LoRA-RITE is the share of the
-bandwidth limit. The gradients change from round to round, as in training.
+bytes as the floor: five words per element (X, M and G read, X and M written). Its ratio to LoRA-RITE is the share of
+the bandwidth limit. The gradients change from round to round, as in training.
 """
 
 import argparse
