@@ -55,7 +55,7 @@ TEACHER_STEPS = 150
 AGREED = 3
 # Between two float32 implementations; Shampoo's roots are good to 1e-3.
 BOUND = 1e-3
-# What the first steps do to a parameter, relative, in the Frobenius norm. Two sides that agree differ by up to 3e-3 with
+# What the first steps do to a parameter, relative, in the Frobenius norm. Sides that agree differ by up to 3e-3 with
 # Shampoo's roots and 2e-4 without. No weight decay changes 4e-2 and 1e-2 of it, another beta2 (0.9) 3e-2 and 1e-2.
 CHANGE_BOUND = {"adamw": 2e-3, "shampoo": 1e-2}
 ROUND = 10
@@ -145,7 +145,7 @@ class Side:
         self.validate = lambda: evaluate(trainer.model, [r.numpy() for r in rows], 1.0).loss
 
     def changes(self, path: Path) -> dict[str, Any]:
-        """What the steps until now did to each parameter, by its place; written to a file, as it is as large as they."""
+        """What the steps until now did to each parameter, by its place; in a file, as it is as large as they are."""
         now = self.kept[0].parameters()
         save_file({str(i): p.detach() - was for i, (p, was) in enumerate(zip(now, self.before))}, path)
         # Memory is measured later on.
