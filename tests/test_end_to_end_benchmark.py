@@ -35,6 +35,7 @@ def test_both_sides_train_alike(method, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     config, student, teacher = small(method, tmp_path)
     plain = PlainTrainer(config, student, teacher)
+    plain.set_exact(True)
     tokens = [torch.randint(0, 64, (4, 13)) for _ in range(4)]
     assert plain.validate(tokens) == pytest.approx(
         torch.stack([_cross_entropy(student, t) for t in tokens]).mean().item(), rel=1e-5
@@ -85,18 +86,32 @@ def test_another_optimizer_is_not_timed(method, setting, tmp_path, monkeypatch):
         bench.agree_on_changes(method, moved, other)
 
 
+def test_plain_roots_are_exact_while_sides_are_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    config, student, _ = small("shampoo", tmp_path)
+    plain, dtypes, real = PlainTrainer(config, student, None), [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda x: dtypes.append(x.dtype) or real(x))
+    for exact in (False, True, False):
+        plain.set_exact(exact)
+        dtypes.clear()
+        plain.step(0, torch.randint(0, 64, (4, 13)))
+        assert set(dtypes) == {torch.float64 if exact else torch.float32}
+
+
 def test_a_side_says_what_its_steps_did(tmp_path):
     side = bench.Side.__new__(bench.Side)
     model = torch.nn.Linear(2, 3)
     side.kept, side.before = [model], [p.detach().clone() for p in model.parameters()]
     with torch.no_grad():
         model.bias += 1.0
+    called = []
+    side.checked = lambda: called.append("checked")
     path = tmp_path / "changes.safetensors"
     assert side.changes(path) == {"changes": str(path)}
     found = load_file(path)
     assert torch.equal(found["0"], torch.zeros(3, 2))
     assert torch.allclose(found["1"], torch.ones(3))
-    assert not side.before
+    assert (side.before, called) == ([], ["checked"])
     # NaN is no agreement.
     with pytest.raises(SystemExit, match="the changes of parameter 1"):
         bench.agree_on_changes("base", found, {**found, "1": found["1"] * float("nan")})
