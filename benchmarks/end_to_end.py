@@ -11,8 +11,8 @@ the same mathematics in plain torch modules, one compiled function for model and
     shampoo    one-sided, roots at every step          all      the four together
 
 Each of the twelve is a process of its own; rounds of steps take turns, so that a drift of the machine reaches all. The
-loss and the gradient norm of the first steps must agree between the two sides, or nothing is timed. Compiling, the
-teacher's training (150 steps) and validation are not in the times.
+loss and the gradient norm of the first steps, and what these steps did to each parameter, must agree between the two
+sides, or nothing is timed. Compiling, the teacher's training (150 steps) and validation are not in the times.
 
     tokens/s   of the median step                      step     rise of memory at the peak of a step, MiB
     loss       validation loss after all steps         state    weights, optimizer state and teacher, MiB
@@ -26,6 +26,7 @@ import select
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,6 +39,7 @@ from typing import Any
 from benchmarks import runner  # isort: skip
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from effkern.data import PackedDataset, build_dataset, val_batches
 from effkern.models import LaurelConfig
@@ -53,6 +55,10 @@ TEACHER_STEPS = 150
 AGREED = 3
 # Between two float32 implementations; Shampoo's roots are good to 1e-3.
 BOUND = 1e-3
+# What the first steps do to a parameter, relative, in the Frobenius norm. Sides that agree differ by up to 1e-3 with
+# Shampoo's roots, the plain ones by float64 in these steps, and 2e-4 without. No weight decay changes 4e-2 and 1e-2 of
+# it, another beta2 (0.9) 3e-2 and 1e-2.
+CHANGE_BOUND = {"adamw": 2e-3, "shampoo": 5e-3}
 ROUND = 10
 EVAL_BATCHES = 4
 # Nats above a loss that still count as having reached it: rounding alone keeps two sides apart.
@@ -117,12 +123,17 @@ class Side:
         self.kept: list[Any] = [trainer.model, trainer.teacher, trainer.optimizer]
         batches = val_batches(trainer.dataset, config.data.seq_len, config.data.batch_size, None)
         rows = [to_device(batch, trainer.device) for _, batch in zip(range(EVAL_BATCHES), batches)]
+        # Both sides begin with the trainer's weights, and have their parameters in one order.
+        self.before = [p.detach().clone() for p in trainer.model.parameters()]
         self.step: Callable[[int], tuple[float, float]]
         self.validate: Callable[[], float]
+        self.checked: Callable[[], None] = lambda: None
         if plain:
             from benchmarks.end_to_end_plain import PlainTrainer
 
             other = PlainTrainer(config, trainer.model, trainer.teacher)
+            other.set_exact(True)
+            self.checked = lambda: other.set_exact(False)
             self.kept = [other.model, other.teacher, *other.optimizers]
             self.step = lambda n: other.step(n, to_device(trainer.order.batch(n), trainer.device))
             self.validate = lambda: other.validate(rows)
@@ -136,6 +147,15 @@ class Side:
 
         self.step = step
         self.validate = lambda: evaluate(trainer.model, [r.numpy() for r in rows], 1.0).loss
+
+    def changes(self, path: Path) -> dict[str, Any]:
+        """What the steps until now did to each parameter, by its place; in a file, as it is as large as they are."""
+        now = self.kept[0].parameters()
+        save_file({str(i): p.detach() - was for i, (p, was) in enumerate(zip(now, self.before))}, path)
+        # What follows is timed, and its memory measured.
+        self.before.clear()
+        self.checked()
+        return {"changes": str(path)}
 
     def steps(self, count: int) -> dict[str, Any]:
         """Seconds and CPU seconds of each step, its loss and gradient norm."""
@@ -168,6 +188,8 @@ def serve(side: Side) -> None:
         request = json.loads(line)
         if "steps" in request:
             answer: dict[str, Any] = side.steps(request["steps"])
+        elif "changes" in request:
+            answer = side.changes(Path(request["changes"]))
         elif "validate" in request:
             answer = {"loss": side.validate()}
         else:
@@ -225,6 +247,19 @@ def agree(method: str, plain: list[tuple[float, float]], ours: list[tuple[float,
             )
 
 
+def agree_on_changes(method: str, plain: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> None:
+    """No number on another optimizer: what the first steps did to each parameter. A loss of three steps hides it."""
+    bound = CHANGE_BOUND["shampoo" if method in ("shampoo", "all") else "adamw"]
+    for place, want in plain.items():
+        error = (ours[place].double() - want.double()).norm().item()
+        # A comparison with NaN is false.
+        if not error <= bound * want.double().norm().item():
+            raise SystemExit(
+                f"end_to_end: {method}: the changes of parameter {place}, {list(want.shape)}, after {AGREED} steps "
+                f"differ by more than {bound:.0e} of themselves; nothing is timed"
+            )
+
+
 def measure(a: argparse.Namespace) -> dict[tuple[str, str], dict[str, Any]]:
     """By (method, side): seconds and CPU seconds of every step, the validation curve, and memory."""
     workers: dict[tuple[str, str], Worker] = {}
@@ -237,6 +272,10 @@ def measure(a: argparse.Namespace) -> dict[tuple[str, str], dict[str, Any]]:
                 workers[method, side].send(steps=AGREED)
             first = {side: workers[method, side].receive()["losses"] for side in SIDES}
             agree(method, first["plain"], first["effkern"])
+            with tempfile.TemporaryDirectory() as folder:
+                paths = {side: f"{folder}/{side}.safetensors" for side in SIDES}
+                changes = {side: load_file(workers[method, side].ask(changes=paths[side])["changes"]) for side in SIDES}
+            agree_on_changes(method, changes["plain"], changes["effkern"])
             print(f"{method}: both sides agree on {AGREED} steps", file=sys.stderr, flush=True)
         for key, worker in workers.items():
             found[key] = {"wall": [], "cpu": [], "curve": [(AGREED, worker.ask(validate=True)["loss"])]}

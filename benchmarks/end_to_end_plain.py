@@ -120,6 +120,8 @@ class PlainShampoo(torch.optim.Optimizer):
     def __init__(self, params: list[nn.Parameter], lr: float, betas: tuple[float, float], ridge: float, wd: float):
         super().__init__(params, {"lr": lr})
         self.betas, self.ridge, self.wd = betas, ridge, wd
+        # Eigenvalues below the ridge are float32's rounding: roots are off by up to 3e-2 then.
+        self.exact = False
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -133,7 +135,9 @@ class PlainShampoo(torch.optim.Optimizer):
             state["l"].lerp_(g @ g.T if p.shape[0] <= p.shape[1] else g.T @ g, 1 - self.betas[1])
             sizes.setdefault(min(p.shape), []).append(p)
         for members in sizes.values():
-            values, vectors = torch.linalg.eigh(torch.stack([self.state[p]["l"] for p in members]))
+            factors = torch.stack([self.state[p]["l"] for p in members])
+            dtype = torch.float64 if self.exact else factors.dtype
+            values, vectors = (t.to(factors.dtype) for t in torch.linalg.eigh(factors.to(dtype)))
             # A factor may still be zero: the first gradient of one half of a low-rank map is.
             damped = (values.clamp_min(0) + self.ridge * values[:, -1:]).clamp_min(1e-30) ** -0.5
             for p, root in zip(members, (vectors * damped[:, None, :]) @ vectors.mT):
@@ -152,6 +156,12 @@ class PlainTrainer:
         self.teacher = None if teacher is None else PlainDecoder(teacher, length).requires_grad_(False)
         self.optimizers = self._optimizers()
         self.loss = torch.compile(self._loss, fullgraph=True)
+
+    def set_exact(self, exact: bool) -> None:
+        """Whether Shampoo's eigendecompositions are in float64, for a comparison; one would write float32."""
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, PlainShampoo):
+                optimizer.exact = exact
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         o = self.config.optimizer

@@ -225,6 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", nargs="?", const="benchmarks/results/lora_rite_step.jsonl", default="")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    runner.keep_memory()
     port = port_of(options.port) if options.port else None
     lines = []
     if "time" in options.parts:

@@ -5,10 +5,10 @@
 Parameters: per layer four width x width, one width x 4 width, one 4 width x width; an embedding, which every method
 gives to fused AdamW. Gradients are random and do not change. All variants run in turn; medians.
 
-Floor: the parts of a one-sided Shampoo by eigendecompositions, each alone in bare calls, one whole matrix per core:
-half of each Gram product (the op's, as no BLAS of torch has it), LAPACK's float32 eigh with Q f(lambda) Q^T (the op's
-method "eigh"), and the products of roots and momenta (torch.mm into memory that exists); plus fused AdamW of the
-embedding. `floor / 10`: the same with a tenth of the eigh. `peak`: what a step takes beside its state, in its own
+Floor: the parts of a one-sided Shampoo by eigendecompositions, each alone in bare calls: the Gram products at half the
+time of torch.mm (one triangle is half the work), LAPACK's float32 eigh with Q f(lambda) Q^T, one whole matrix per core
+(the op's method "eigh"), and the products of roots and momenta (torch.mm into memory that exists); plus fused AdamW of
+the embedding. `floor / 10`: the same with a tenth of the eigh. `peak`: what a step takes beside its state, in its own
 process.
 """
 
@@ -136,21 +136,19 @@ def floor_parts(a: argparse.Namespace) -> dict[str, Step]:
     matrices, table = parameters(a)
     left = sides(matrices)
     d = a.width
-    factors = torch.zeros(len(matrices), d, d)
     groups: dict[tuple[bool, tuple[int, ...]], list[int]] = {}
     for i, p in enumerate(matrices):
         groups.setdefault((left[i], tuple(p.shape)), []).append(i)
-    # Each group's factors are one stack.
-    stacks = {key: torch.zeros(len(members), d, d) for key, members in groups.items()}
-    grads = {key: [matrices[i].grad for i in members] for key, members in groups.items()}
+    order = [i for members in groups.values() for i in members]
+    factors = torch.zeros(len(matrices), d, d)
 
     def gram() -> None:
-        for (on_left, shape), stack in stacks.items():
-            found = [g for g in grads[on_left, shape] if g is not None]
-            ops.gram_ema_(stack, found, side="left" if on_left else "right", decay=0.95, weight=0.05)
+        for factor, i in zip(factors, order):
+            g = matrices[i].grad
+            assert g is not None
+            torch.mm(*((g, g.T) if left[i] else (g.T, g)), out=factor)
 
     gram()
-    factors = torch.cat(list(stacks.values()))
     roots = torch.empty_like(factors)
 
     def eigh() -> None:
@@ -158,7 +156,6 @@ def floor_parts(a: argparse.Namespace) -> dict[str, Step]:
         ops.inverse_root(factors, method="eigh", ridge=1e-5, out=roots)
 
     eigh()
-    order = [i for members in groups.values() for i in members]
     momenta = [matrices[i].detach().clone() for i in order]
     outs: list[Tensor] = [torch.empty_like(m) for m in momenta]
 
@@ -199,6 +196,8 @@ def measure(a: argparse.Namespace) -> tuple[dict[str, runner.Timing], dict[str, 
     name = "ours, roots every 10 steps"
     timings[name] = scaled(timings[name], 0.1)
     parts = {n: timings.pop(n) for n in list(timings) if n.startswith("floor")}
+    # One triangle is half of the product.
+    parts["floor: Gram"] = scaled(parts["floor: Gram"], 0.5)
     timings["floor"] = added(list(parts.values()))
     fewer = [scaled(t, 0.1) if n == "floor: eigh" else t for n, t in parts.items()]
     timings["floor / 10"] = added(fewer)
@@ -218,7 +217,8 @@ def peak(a: argparse.Namespace) -> dict[str, float]:
     """MiB that one step takes beside weights, gradients and state, each in a process of its own."""
     found = {}
     for name in ("ours", "muon"):
-        arguments = ["--peak", name, "--width", str(a.width), "--layers", str(a.layers), "--threads", str(a.threads)]
+        sizes = ("width", "layers", "vocabulary", "threads")
+        arguments = [f"--peak={name}", *(f"--{size}={getattr(a, size)}" for size in sizes)]
         found[name] = int(runner.in_fresh_process("benchmarks.shampoo_step", *arguments)) / 2**20
     return {"ours, roots every step": found["ours"], "torch Muon": found["muon"]}
 
@@ -226,8 +226,8 @@ def peak(a: argparse.Namespace) -> dict[str, float]:
 def prepared(a: argparse.Namespace) -> Step:
     if a.peak == "ours":
         return ours(a)[0]
-    matrices, _ = parameters(a)
-    return torch.optim.Muon(matrices, lr=1e-4).step
+    matrices, table = parameters(a)
+    return many([torch.optim.Muon(matrices, lr=1e-4), torch.optim.AdamW([table], lr=1e-4, fused=True)])
 
 
 def table(timings: dict[str, runner.Timing], extra: dict[str, dict[str, float]]) -> str:
@@ -260,6 +260,7 @@ def main() -> None:
     if a.peak:
         print(runner.peak_memory(lambda: prepared(a)))
         return
+    runner.keep_memory()
     check(a)
     timings, extra = measure(a)
     for name, value in peak(a).items():

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks import end_to_end as bench
-from benchmarks.end_to_end_plain import PlainDecoder, PlainTrainer
+from benchmarks.end_to_end_plain import PlainDecoder, PlainShampoo, PlainTrainer
 from effkern.models import Decoder
 from effkern.train.optimizer import build_optimizer
 from effkern.train.schedules import learning_rate
@@ -34,11 +35,13 @@ def test_both_sides_train_alike(method, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     config, student, teacher = small(method, tmp_path)
     plain = PlainTrainer(config, student, teacher)
+    plain.set_exact(True)
     tokens = [torch.randint(0, 64, (4, 13)) for _ in range(4)]
     assert plain.validate(tokens) == pytest.approx(
         torch.stack([_cross_entropy(student, t) for t in tokens]).mean().item(), rel=1e-5
     )
     optimizer = build_optimizer(student, config.optimizer)
+    before = [p.detach().clone() for p in student.parameters()]
     for number, batch in enumerate(tokens):
         ours = train_step(
             student, student, optimizer, batch, config, teacher=teacher, omega=0.5 if teacher else 0.0,
@@ -48,7 +51,70 @@ def test_both_sides_train_alike(method, tmp_path, monkeypatch):
         theirs = plain.step(number, batch)
         # The same mathematics in another order; Shampoo's roots are good to 1e-3 and change later steps.
         assert theirs == pytest.approx((ours.loss, ours.grad_norm), rel=1e-5 if number == 0 else bench.BOUND)
+        if number + 1 == bench.AGREED:
+            bench.agree_on_changes(method, changes(plain.model, before), changes(student, before))
     bench.agree(method, [theirs], [(ours.loss, ours.grad_norm)])
+
+
+def changes(model: torch.nn.Module, before: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {str(i): p.detach() - was for i, (p, was) in enumerate(zip(model.parameters(), before))}
+
+
+@pytest.mark.parametrize("method", ["base", "shampoo"])
+@pytest.mark.parametrize("setting", ["weight_decay", "betas"])
+def test_another_optimizer_is_not_timed(method, setting, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    config, student, _ = small(method, tmp_path)
+    before = [p.detach().clone() for p in student.parameters()]
+    tokens = [torch.randint(0, 64, (4, 13), generator=torch.Generator().manual_seed(i)) for i in range(bench.AGREED)]
+
+    def trained(wrong: bool) -> tuple[list, dict]:
+        plain = PlainTrainer(config, student, None)
+        for optimizer in plain.optimizers if wrong else ():
+            for group in optimizer.param_groups:
+                group.update({"weight_decay": 0.0} if setting == "weight_decay" else {"betas": (0.9, 0.9)})
+            if isinstance(optimizer, PlainShampoo):
+                optimizer.wd = 0.0 if setting == "weight_decay" else optimizer.wd
+                optimizer.betas = (0.9, 0.9) if setting == "betas" else optimizer.betas
+        return [plain.step(n, batch) for n, batch in enumerate(tokens)], changes(plain.model, before)
+
+    (losses, moved), (others, other) = trained(False), trained(True)
+    bench.agree_on_changes(method, moved, moved)
+    # Losses and norms of so few steps do not tell.
+    bench.agree(method, losses, others)
+    with pytest.raises(SystemExit, match=f"{method}: the changes of parameter .* nothing is timed"):
+        bench.agree_on_changes(method, moved, other)
+
+
+def test_plain_roots_are_exact_while_sides_are_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    config, student, _ = small("shampoo", tmp_path)
+    plain, dtypes, real = PlainTrainer(config, student, None), [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda x: dtypes.append(x.dtype) or real(x))
+    for exact in (False, True, False):
+        plain.set_exact(exact)
+        dtypes.clear()
+        plain.step(0, torch.randint(0, 64, (4, 13)))
+        assert set(dtypes) == {torch.float64 if exact else torch.float32}
+
+
+def test_a_side_says_what_its_steps_did(tmp_path):
+    side = bench.Side.__new__(bench.Side)
+    model = torch.nn.Linear(2, 3)
+    side.kept, side.before = [model], [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        model.bias += 1.0
+    called = []
+    side.checked = lambda: called.append("checked")
+    path = tmp_path / "changes.safetensors"
+    assert side.changes(path) == {"changes": str(path)}
+    found = load_file(path)
+    assert torch.equal(found["0"], torch.zeros(3, 2))
+    assert torch.allclose(found["1"], torch.ones(3))
+    assert (side.before, called) == ([], ["checked"])
+    # NaN is no agreement.
+    with pytest.raises(SystemExit, match="the changes of parameter 1"):
+        bench.agree_on_changes("base", found, {**found, "1": found["1"] * float("nan")})
 
 
 def _cross_entropy(model: Decoder, tokens: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,8 @@
     python -m benchmarks.ops.distill --tiles             the products of one chunk, by tile width and library
 
 The floor is the matrix products alone by torch.mm, into buffers that exist, all rows at once. The op itself calls a
-faster library for two of them; the second line is the floor with those calls.
+faster library for two of them; the second line is the floor with those calls. Loss and gradients of every variant are
+checked at the size that is timed.
 """
 
 import argparse
@@ -30,6 +31,8 @@ from effkern.ops.distill import ceilings, cost, gemm
 from effkern.ops.distill.rows import DIVERGENCES
 
 CHECK_ROWS = 64
+# Logits of one part of the truth.
+TRUTH_BYTES = 64 << 20
 # The loss in chunks of other sizes than its own.
 CHUNKS = {f"{mib} MiB": mib for mib in (8, 16, 32, 64, 128)}
 LIGER_NAME = "liger chunked (compiled)"
@@ -71,7 +74,7 @@ def inputs_of(case: Case) -> Inputs:
     return make(**{**case, "dtype": getattr(torch, case["dtype"])})
 
 
-def effkern_loss(x: Inputs, chunk_mib: int | None = None) -> torch.Tensor:
+def effkern_loss(x: Inputs, chunk_bytes: int | None = None) -> torch.Tensor:
     teacher: TeacherLogits | TeacherHidden | None = None
     if x.teacher_logits is not None:
         teacher = TeacherLogits(x.teacher_logits)
@@ -81,7 +84,7 @@ def effkern_loss(x: Inputs, chunk_mib: int | None = None) -> torch.Tensor:
     needed: dict[str, Any] = {name: PARAMETERS[name] for name in DIVERGENCES[x.divergence].parameters}
     return linear_distill_loss(
         x.hidden, x.weight, x.labels, teacher=teacher, omega=omega, temperature=t, teacher_temperature=t,
-        divergence=x.divergence, chunk_bytes=chunk_mib and chunk_mib << 20, **needed,
+        divergence=x.divergence, chunk_bytes=chunk_bytes, **needed,
     ).loss  # fmt: skip
 
 
@@ -108,6 +111,39 @@ def liger_loss(divergence: str) -> Callable[[Inputs], torch.Tensor] | str:
         return loss(x.hidden, x.weight, x.teacher_hidden, x.teacher_weight, x.labels)
 
     return run
+
+
+def truth_of(x: Inputs, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The loss and both gradients by eager code in a wider type; every loss is a mean, so that rows come in parts."""
+    hidden, weight = (t.detach().to(dtype).requires_grad_() for t in (x.hidden, x.weight))
+    head = None if x.teacher_weight is None else x.teacher_weight.to(dtype)
+    total, size = torch.zeros((), dtype=dtype, device=hidden.device), len(x.labels)
+    rows = max(1, TRUTH_BYTES // (weight.shape[0] * dtype.itemsize))
+    for n in range(0, size, rows):
+        some = slice(n, n + rows)
+        logits, states = (None if t is None else t[some].to(dtype) for t in (x.teacher_logits, x.teacher_hidden))
+        part = Inputs(x.divergence, hidden[some], weight, x.labels[some], logits, states, head)
+        loss = eager_loss(part) * (len(part.labels) / size)
+        loss.backward()
+        total += loss.detach()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return [total, hidden.grad, weight.grad]
+
+
+def verify(x: Inputs, loss: Callable[[Inputs], torch.Tensor], truth: Sequence[torch.Tensor], bound: float) -> None:
+    """Loss and gradients.
+
+    Raises:
+        WrongResult: one of them is not the truth.
+    """
+    x.hidden.grad = x.weight.grad = None
+    found = loss(x)
+    found.backward()
+    assert x.hidden.grad is not None
+    assert x.weight.grad is not None
+    hold(((a, b.double()) for a, b in zip((found.detach(), x.hidden.grad, x.weight.grad), truth)), bound)
+    x.hidden.grad = x.weight.grad = None
 
 
 def step(x: Inputs, loss: Callable[[Inputs], torch.Tensor]) -> Run:
@@ -151,42 +187,47 @@ def products_as_ours(x: Inputs) -> Run:
     return run
 
 
-def variants(x: Inputs, names: Sequence[str]) -> dict[str, Run]:
-    made: dict[str, Run] = {}
+def losses(x: Inputs, names: Sequence[str]) -> dict[str, Callable[[Inputs], torch.Tensor]]:
+    """Of those of the names that are losses and can run here."""
+    made: dict[str, Callable[[Inputs], torch.Tensor]] = {}
     for name in names:
-        if name == "products":
-            made[name] = products(x)
-        elif name == "products as in effkern":
-            made[name] = products_as_ours(x)
-        elif name == "effkern":
-            made[name] = step(x, effkern_loss)
+        if name == "effkern":
+            made[name] = effkern_loss
         elif name in CHUNKS:
-            made[name] = step(x, partial(effkern_loss, chunk_mib=CHUNKS[name]))
+            made[name] = partial(effkern_loss, chunk_bytes=CHUNKS[name] << 20)
         elif name == "eager":
-            made[name] = step(x, eager_loss)
+            made[name] = eager_loss
         elif name == "torch.compile":
-            compiled = torch.compile(partial(handwritten.loss, x.divergence))
-            made[name] = step(x, lambda x, c=compiled: eager_loss(x, c))  # type: ignore[misc]
+            made[name] = partial(eager_loss, plain=torch.compile(partial(handwritten.loss, x.divergence)))
         elif name == LIGER_NAME:
             liger = liger_loss(x.divergence)
             if isinstance(liger, str):
                 print(f"left out: {liger}", file=sys.stderr)
             else:
-                made[name] = step(x, liger)
+                made[name] = liger
     return made
 
 
+def variants(x: Inputs, names: Sequence[str]) -> dict[str, Run]:
+    """Each loss is checked against eager code in float32 on these inputs before it may be timed on them."""
+    chosen = losses(x, names)
+    if chosen:
+        truth = truth_of(x, torch.float32)
+        dtype = str(x.hidden.dtype).removeprefix("torch.")
+        for loss in chosen.values():
+            verify(x, loss, truth, bound_of(dtype))
+    floors = {"products": products, "products as in effkern": products_as_ours}
+    return {
+        name: floors[name](x) if name in floors else step(x, chosen[name]) for name in names if name in floors | chosen
+    }
+
+
 def check(case: Case) -> None:
-    """The loss and both gradients of a few rows against eager in float64."""
-    narrow, wide = (inputs_of({**case, "rows": min(case["rows"], CHECK_ROWS)}) for _ in range(2))
-    for name in ("hidden", "weight", "teacher_logits", "teacher_hidden", "teacher_weight"):
-        if (t := getattr(wide, name)) is not None:
-            setattr(wide, name, t.detach().double().requires_grad_(t.requires_grad))
-    loss, truth = effkern_loss(narrow), eager_loss(wide)
-    loss.backward()
-    truth.backward()
-    grads = [(getattr(narrow, name).grad, getattr(wide, name).grad) for name in ("hidden", "weight")]
-    hold([(loss.detach(), truth.detach()), *grads], bound_of(case["dtype"]))
+    """The loss and both gradients of a few rows against eager in float64, whole and in several chunks."""
+    x = inputs_of({**case, "rows": min(case["rows"], CHECK_ROWS)})
+    truth = truth_of(x, torch.float64)
+    for chunk_bytes in (None, 4 * case["vocab"] * max(1, len(x.labels) // 3)):
+        verify(x, partial(effkern_loss, chunk_bytes=chunk_bytes), truth, bound_of(case["dtype"]))
 
 
 def tiles(rows: int, dim: int, vocab: int, rounds: int) -> None:

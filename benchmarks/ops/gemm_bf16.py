@@ -44,7 +44,7 @@ def choose(case: Case) -> None:
 
 
 def check(case: Case) -> None:
-    """Both products at odd sizes against float64."""
+    """Both products at odd sizes against float64, the gradient also on top of a total."""
     choose(case)
     torch.manual_seed(0)
     rows, vocab, dim = 33, 1999, 130
@@ -52,7 +52,12 @@ def check(case: Case) -> None:
     out, total = torch.empty(rows, vocab), torch.empty(vocab, dim)
     OPS.bf16_mm_nt_(out, hidden, weight)
     OPS.bf16_add_tn_(total, grad, hidden, True)
-    hold(((out, hidden.double() @ weight.t().double()), (total, grad.t().double() @ hidden.double())), 1e-6)
+    found = grad.t().double() @ hidden.double()
+    hold(((out, hidden.double() @ weight.t().double()), (total, found)), 1e-6)
+    before = torch.randn(vocab, dim)
+    more = before.clone()
+    OPS.bf16_add_tn_(more, grad, hidden, False)
+    hold([(more, before.double() + found)], 1e-6)
 
 
 def prepare(case: Case, names: Sequence[str]) -> Prepared:
@@ -87,8 +92,9 @@ def works(case: Case) -> dict[str, Work | None]:
     rows, dim, vocab, w = case["rows"], case["dim"], case["vocab"], work(case)
     read = 2 * rows * (dim + vocab)
     first, add = (Work(read + 4 * n * vocab * dim, w.flops, w.dtype) for n in (1, 2))
-    return {"torch.mm, gradient": Work(read + 2 * vocab * dim, w.flops, w.dtype), "first": first, "add": add,
-            "add, rounded": add}  # fmt: skip
+    narrow = Work(2 * ((rows + vocab) * dim + rows * vocab), w.flops, w.dtype)
+    return {"torch.mm, logits": narrow, "torch.mm, gradient": Work(read + 2 * vocab * dim, w.flops, w.dtype),
+            "first": first, "add": add, "add, rounded": add}  # fmt: skip
 
 
 def floor(variant: str) -> dict[str, float]:

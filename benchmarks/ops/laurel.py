@@ -162,7 +162,11 @@ def work(case: Case) -> Work:
 
 def works(case: Case) -> dict[str, Work | None]:
     w = work(case)
-    return {"copy": Work(w.bytes), "add+norm": Work(w.bytes), "products": Work(0.0, w.flops, w.dtype)}
+    rows, dim, backward = case["rows"], case["dim"], case["pass"] == "both"
+    # The plain residual's two gradients are one: forward f, x, y, z, backward those of y and z, y and the gradient.
+    # Of its weights it has w alone.
+    plain = ((8 if backward else 4) * rows + (3 if backward else 1)) * dim * item_bytes(case["dtype"])
+    return {"copy": Work(w.bytes), "add+norm": Work(plain), "products": Work(0.0, w.flops, w.dtype)}
 
 
 def why(case: Case) -> list[str]:

@@ -5,10 +5,12 @@
 tokens: `embedding_bag` (mode="mean") is the peer and the floor; `gather` is index_select of all rows, which eager code
 then sums. `folded` pools the table that `fold_projection` made (64 columns) and divides by the length, which replaces
 mean, standardisation, projection and length of `projected`. hidden: norm_mean_pool over hidden states beside rms_norm
-and mean. The work counts the rows that must be read.
+and mean. The work counts each row of the table that an id names once, however often it is named; every call takes the
+next of several tables.
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 # First, as it sets the thread policy before torch is imported.
 from benchmarks import harness  # isort: skip
@@ -28,14 +30,26 @@ def offsets_of(case: Case) -> Tensor:
     return torch.arange(0, case["groups"] * case["length"] + 1, case["length"], device=case["device"])
 
 
+@cache
+def ids_of(tokens: int, vocab: int) -> Tensor:
+    """Zipf-like, as words are."""
+    drawn = torch.rand(tokens, generator=torch.Generator().manual_seed(0))
+    return (drawn.pow(3) * vocab).long().clamp_max(vocab - 1)
+
+
+def rows_of(case: Case) -> int:
+    """Rows that must be read: of the table those that an id names, or all hidden states."""
+    tokens = case["groups"] * case["length"]
+    return ids_of(tokens, case["vocab"]).unique().numel() if case["kind"] == "tokens" else tokens
+
+
 def make(case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """Table or hidden states, ids (Zipf-like, as words are), offsets."""
+    """Table or hidden states, ids, offsets."""
     torch.manual_seed(0)
     tokens, vocab, dtype = case["groups"] * case["length"], case["vocab"], getattr(torch, case["dtype"])
     rows = vocab if case["kind"] == "tokens" else tokens
     table = torch.randn(rows, case["dim"], device=case["device"]).to(dtype)
-    ids = (torch.rand(tokens, device=case["device"]).pow(3) * vocab).long().clamp_max(vocab - 1)
-    return table, ids, offsets_of(case)
+    return table, ids_of(tokens, vocab).to(case["device"]), offsets_of(case)
 
 
 def projection(dim: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +93,7 @@ def prepare(case: Case, names: Sequence[str]) -> Prepared:
             "eager": lambda: eager_hidden(table, weight, groups),
             "torch.compile": lambda: compiled(eager_hidden)(table, weight, groups),
         }
-        return Prepared({name: made[name] for name in names if name in made})
+        return Prepared({name: made[name] for name in names if name in made}, held=read_bytes(case))
     mean, scale, components = projection(dim, case["device"])
     folded = fold_projection(table, mean, scale, components, dtype=table.dtype)
     made = {
@@ -91,13 +105,25 @@ def prepare(case: Case, names: Sequence[str]) -> Prepared:
         "projected": lambda: F.normalize((mean_pool(table, ids, offsets) - mean) / scale @ components.t(), dim=1),
         "folded": lambda: mean_pool(folded, ids, offsets, normalize=True),
     }
-    return Prepared({name: made[name] for name in names})
+    return Prepared({name: made[name] for name in names}, held=read_bytes(case))
+
+
+def read_bytes(case: Case) -> int:
+    """Rows and ids, each once."""
+    ids = 8 * case["groups"] * case["length"] if case["kind"] == "tokens" else 0
+    return rows_of(case) * case["dim"] * item_bytes(case["dtype"]) + ids
 
 
 def work(case: Case) -> Work:
-    tokens = case["groups"] * case["length"]
-    ids = 8 * tokens if case["kind"] == "tokens" else 0
-    return Work(tokens * case["dim"] * item_bytes(case["dtype"]) + ids + 4 * case["groups"] * case["dim"])
+    return Work(read_bytes(case) + 4 * case["groups"] * case["dim"])
+
+
+def works(case: Case) -> dict[str, Work | None]:
+    """embedding_bag's result has the table's dtype, and `gather` writes a row for each id."""
+    size, read = item_bytes(case["dtype"]), read_bytes(case)
+    result = size * case["groups"] * case["dim"]
+    return {"embedding_bag": Work(read + result), "gather": Work(read + result * case["length"]), "projected": None,
+            "folded": None}  # fmt: skip
 
 
 SCALED = {"kind": "tokens", "dtype": "float32", "vocab": 4096, "dim": 64, "length": 128, "groups": 64}
@@ -116,9 +142,10 @@ OP = Op(
     check=check,
     prepare=prepare,
     work=work,
-    works=lambda case: {"projected": None, "folded": None},
+    works=works,
     floor={"embedding_bag": 1.0},
     registry=("mean_pool",),
+    rotates=True,
     scaling=(
         Scaling("groups", (16, 32, 64, 128, 256), SCALED, "1: every group costs the same"),
         Scaling("length", (64, 128, 256, 512, 1024), SCALED, "1: every id costs the same"),

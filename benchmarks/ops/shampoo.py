@@ -48,6 +48,7 @@ class Decoder:
         self.momenta = [torch.zeros_like(g) for g in self.grads]
         self.products = [torch.empty_like(g) for g in self.grads]
         self.squares = [torch.empty(n, width, width) for _, n, _, _ in self.groups]
+        self.scratch = self.factors.clone()
 
     def parts(self, batch: Tensor) -> list[Tensor]:
         return list(batch.split([n for _, n, _, _ in self.groups]))
@@ -61,8 +62,10 @@ class Decoder:
             found.append(G if side == "left" else G.mT.contiguous())
         return found
 
-    def grams(self) -> None:
-        for (side, *_), factor, grads in zip(self.groups, self.parts(self.factors), self.grads):
+    def grams(self, factors: Tensor | None = None) -> None:
+        """Folds the gradients into the factors, or into a batch of other ones."""
+        given = self.factors if factors is None else factors
+        for (side, *_), factor, grads in zip(self.groups, self.parts(given), self.grads):
             gram_ema_(factor, grads, side=side, decay=DECAY, weight=1 - DECAY)
 
     def root(self, method: str, ridge: float) -> None:
@@ -131,7 +134,8 @@ def prepare(case: Case, names: Sequence[str]) -> Prepared:
         "bmm G G^T": decoder.bare_grams,
         "bmm X G": decoder.bare_updates,
         "eigh, a matrix per thread": lambda: decoder.root("eigh", SINGLE_RIDGE),
-        "effkern gram": decoder.grams,
+        # Not into the factors: roots would be taken of ever other ones, towards this one gradient's.
+        "effkern gram": lambda: decoder.grams(decoder.scratch),
         "effkern root": lambda: decoder.root("rational", ridge),
         "effkern apply": decoder.updates,
         "torch.linalg.eigh and products": decoder.torch_roots,
@@ -172,6 +176,9 @@ def works(case: Case) -> dict[str, Work | None]:
     count, elements = sum(n for n, _ in sizes), sum(n * ratio for n, ratio in sizes) * d * d
     square = count * d * d
     gram = Work(4 * (elements + 2 * square), elements * d)
+    # A bmm writes its result anew: no averages, momenta or weights.
+    bare_gram = Work(4 * (elements + square), 2.0 * elements * d)
+    bare_apply = Work(4 * (square + 2 * elements), 2.0 * elements * d)
     root = Work(4 * 2 * square, (10 / 3 + 1) * square * d)
     # Root, gradient; momentum and weight, both read and written.
     apply = Work(4 * (square + 5 * elements), 2.0 * elements * d)
@@ -181,7 +188,7 @@ def works(case: Case) -> dict[str, Work | None]:
         return Work(sum(s * p.bytes for s, p in parts), sum(s * p.flops for s, p in parts))
 
     return {
-        "bmm G G^T": Work(gram.bytes, 2 * gram.flops), "bmm X G": apply, "eigh, a matrix per thread": root,
+        "bmm G G^T": bare_gram, "bmm X G": bare_apply, "eigh, a matrix per thread": root,
         "effkern gram": gram, "effkern root": root, "effkern apply": apply, "torch.linalg.eigh and products": root,
         "effkern step, roots / 10": step(0.1), "torch.optim.Muon": None, "": step(1.0),
         **dict.fromkeys(FLOORS),

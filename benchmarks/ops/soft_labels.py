@@ -21,7 +21,9 @@ from effkern import soft_labels
 from effkern.ops.distill.chunked import chunk_bytes, chunk_rows
 
 METHODS: dict[str, dict[str, Any]] = {"topk": {"k": 16}, "sampled": {"draws": 50}, "stratified": {"k": 8, "draws": 8}}
-CHECK_ROWS = 32
+CHECK_ROWS = 64
+BINS = 8
+STANDARD_ERRORS = 5.0
 
 
 def make(case: Case) -> tuple[Tensor, Tensor]:
@@ -46,7 +48,7 @@ def handwritten(case: Case, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Ten
 
 
 def check(case: Case) -> None:
-    """Against plain PyTorch in float64: the entries of the head, and the mass outside of the kept ones."""
+    """Against plain PyTorch in float64: entries of the head, mass outside of the kept ones, frequencies of draws."""
     hidden, weight = make({**case, "rows": min(case["rows"], CHECK_ROWS)})
     found = soft_labels(hidden, weight, method=case["method"], **METHODS[case["method"]])
     logits = hidden.double() @ weight.double().t()
@@ -55,13 +57,43 @@ def check(case: Case) -> None:
     errors = [(found.lse.double() - logits.logsumexp(1)).abs().max()]
     k = METHODS[case["method"]].get("k", 0)
     if k:
-        errors.append((found.logprobs[:, :k].double() - logp.topk(k, dim=1).values).abs().max())
+        top, ids = logp.topk(k, dim=1).values, found.ids[:, :k].long()
+        errors.append((found.logprobs[:, :k].double() - top).abs().max())
+        # By what the ids name, as of two that are as likely either may come first.
+        errors.append((logp.gather(1, ids) - top).abs().max())
+        if ids.sort(1).values.diff(dim=1).eq(0).any():
+            raise WrongResult("wrong result: one id twice among the most likely of a token; nothing is timed")
     if case["method"] != "topk":
         # Counts of draws add up to all of the mass that was drawn from.
         mass = found.logprobs[:, k:].double().exp().sum(1)
-        errors.append((mass - (found.tail.double() if k else 1.0)).abs().max())
-    if not max(e.item() for e in errors) <= bound:
+        whole = found.tail.double() if k else torch.ones_like(mass)
+        errors.append((mass - whole).abs().max())
+        check_draws(case, logp, found.ids[:, k:].long(), found.logprobs[:, k:].double().exp() / whole[:, None], k)
+    if not all(e.item() <= bound for e in errors):
         raise WrongResult(f"wrong result: error {max(errors):.1e} > {bound:.0e}; nothing is timed")
+
+
+def check_draws(case: Case, logp: Tensor, ids: Tensor, shares: Tensor, k: int) -> None:
+    """Shares of draws, by how likely the ids are: of each eighth of the mass as many as there should be.
+
+    Over all tokens; a number of draws is within some standard errors of what is expected, sqrt(sum n q (1 - q)).
+    """
+    q = logp.exp()
+    if k:
+        q.scatter_(1, logp.topk(k, dim=1).indices, 0.0)
+        q /= q.sum(1, keepdim=True)
+    falling, order = q.sort(1, descending=True)
+    middle = falling.cumsum(1) - falling / 2
+    bins = torch.empty_like(order).scatter_(1, order, (middle * BINS).long().clamp_max(BINS - 1))
+    wide = q.new_zeros(len(q), BINS)
+    expected = wide.scatter_add(1, bins, q)
+    # Empty slots have id -1 and no mass; an id of the head is in no bin of its own.
+    named = bins.gather(1, ids.clamp_min(0))
+    drawn = wide.scatter_add(1, named, torch.where(q.gather(1, ids.clamp_min(0)) > 0, shares, 0.0))
+    draws = METHODS[case["method"]]["draws"]
+    error = (draws * expected * (1 - expected)).sum(0).sqrt()
+    if not (draws * (drawn - expected).sum(0).abs() <= STANDARD_ERRORS * error + 1e-6).all():
+        raise WrongResult("wrong result: draws do not follow the teacher's probabilities; nothing is timed")
 
 
 def prepare(case: Case, names: Sequence[str]) -> Prepared:
