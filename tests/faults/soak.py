@@ -2,7 +2,8 @@
 
 The demo's student with its checkpoints, validation, log and TensorBoard, on a corpus of made-up sentences. Resident
 memory is read after every step. It goes up and down within a step, by what the allocator gives back; what counts is its
-level, the median of each tenth of the run, after the first, in which allocator and caches fill. The lowest and the highest single reading are printed beside it.
+level, the median of each tenth of the run, after the first, in which allocator and caches fill. The lowest and the
+highest single reading are printed beside it.
 """
 
 import argparse
