@@ -145,8 +145,8 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    head = "| arm | loss at 70% | loss at 100% | less the baseline's | accuracy at 100% | wall s | teacher's share |"
-    lines = [head, "|---" * 7 + "|"]
+    head = "| arm | loss at 70% | loss at 100% | less the baseline's | accuracy at 100% | wall s | CPU s | teacher |"
+    lines = [head, "|---" * 8 + "|"]
     base = {r["seed"]: r["100%"]["loss"] for r in records if r["arm"] == "baseline"}
     for arm in dict.fromkeys(r["arm"] for r in records):
         rows = [r for r in records if r["arm"] == arm]
@@ -154,7 +154,7 @@ def table(records: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {arm} | {spread([r['70%']['loss'] for r in rows])} | {spread([r['100%']['loss'] for r in rows])} | "
             f"{spread(differences, 4)} | {spread([r['100%']['accuracy'] for r in rows])} | "
-            f"{statistics.mean(r['wall_s'] for r in rows):.0f} | "
+            f"{statistics.mean(r['wall_s'] for r in rows):.0f} | {statistics.mean(r['cpu_s'] for r in rows):.0f} | "
             f"{statistics.mean(r['teacher_share'] for r in rows):.3f} |"
         )
     return "\n".join(lines)
