@@ -9,10 +9,25 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from effkern.data import BatchOrder
+from effkern.data import BatchOrder, PackedDataset
+from effkern.data.curation.selected_order import SelectedOrder
+from effkern.train.config import TrainConfig
+from effkern.train.schedules import teacher_steps
 
 MOST_DEATHS = 3
 """Workers that may die one after another, without a batch between them."""
+
+
+def order_of(config: TrainConfig, dataset: PackedDataset, rank: int, world: int) -> BatchOrder:
+    """The batches of a run, this rank's part of each; with data.selection those of SALT_DS."""
+    data = config.data
+    sizes: dict[str, Any] = {
+        "seq_len": data.seq_len, "batch_size": data.batch_size, "seed": data.seed, "rank": rank, "world_size": world,
+    }  # fmt: skip
+    if not data.selection:
+        return BatchOrder(dataset, **sizes)
+    until = teacher_steps(config.schedule) or config.schedule.steps
+    return SelectedOrder(dataset, selection=data.selection, until=until, **sizes)
 
 
 class _Steps(Dataset[np.ndarray]):

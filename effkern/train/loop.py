@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from effkern.data import BatchOrder, PackedDataset, val_batches
+from effkern.data import PackedDataset, val_batches
+from effkern.data.curation.selected_order import SelectedOrder
 from effkern.models import Block, Decoder, LoopedStack, count_parameters, parse_stages
 from effkern.models.layers import generator_for
 from effkern.train.cached_teacher import CachedTeacher
@@ -19,7 +20,7 @@ from effkern.train.config import FREE_PATHS, TrainConfig
 from effkern.train.dashboard import dashboard_for
 from effkern.train.device import choose_device, choose_precision, set_threads
 from effkern.train.evaluate import EvalResult, evaluate
-from effkern.train.feed import Feed
+from effkern.train.feed import Feed, order_of
 from effkern.train.lock import RunLock
 from effkern.train.log import NoLog, RunLog, read_log
 from effkern.train.mapping import flatten
@@ -118,22 +119,9 @@ class Trainer:
             )
         _check_gate(config)
         self.inputs = Inputs.of(self.dataset)
-        self.order = self._order()
-
-    def _order(self) -> BatchOrder:
-        data = self.config.data
-        sizes: dict[str, Any] = {
-            "seq_len": data.seq_len, "batch_size": data.batch_size, "seed": data.seed,
-            "rank": self.parallel.rank, "world_size": self.parallel.world,
-        }  # fmt: skip
-        if not data.selection:
-            return BatchOrder(self.dataset, **sizes)
-        from effkern.data.curation.selected_order import SelectedOrder
-
-        until = teacher_steps(self.config.schedule) or self.config.schedule.steps
-        order = SelectedOrder(self.dataset, selection=data.selection, until=until, **sizes)
-        self.inputs = replace(self.inputs, selection=order.selection.hash)
-        return order
+        self.order = order_of(config, self.dataset, self.parallel.rank, self.parallel.world)
+        if isinstance(self.order, SelectedOrder):
+            self.inputs = replace(self.inputs, selection=self.order.selection.hash)
 
     def _model(self) -> Decoder:
         return Decoder(self.config.model, seed=self.config.run.seed, device=self.device)
