@@ -96,8 +96,18 @@ def test_trl_step_from_logits_and_from_hidden_states(beta):
     same(x.gradients(x.ours(x.shifted(), **(kind or {"divergence": "jsd", "beta": beta})).loss), truth)
 
 
+def test_trl_later_divides_by_the_tokens_of_all_steps():
+    """num_items_in_batch, and every labelled position instead of those behind the longest prompt."""
+    x, items = Case(), 50
+    labels = x.labels[:, 1:]
+    total = jsd(x.z[:, :-1].log_softmax(-1), x.u[:, :-1].log_softmax(-1), 0.3)[labels != IGNORED].sum()
+    truth = x.gradients(total / items)
+    same(x.gradients(gkd_loss(x.z[:, :-1], x.u[:, :-1], labels, beta=0.3, reduction="sum") / items), truth)
+    same(x.gradients(x.ours(x.shifted(), divergence="jsd", beta=0.3, denom=items).loss), truth)
+
+
 def test_trl_fused_path_mixes_cross_entropy_and_takes_the_temperature():
-    """What GKDConfig(use_liger_kernel=True) trained on: half cross entropy, half JSD at the config's temperature."""
+    """What use_liger_kernel=True trained on at 054a0da: half cross entropy, half JSD at the config's temperature."""
     x, t = Case(), 0.9
     log_q, log_p, labels = (x.z / t).log_softmax(-1), (x.u / t).log_softmax(-1), x.shifted()
     soft = jsd(log_q, log_p, 0.5).flatten()[labels != IGNORED].mean()
