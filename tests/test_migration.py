@@ -5,7 +5,12 @@ what surrounds them: shifts, masks, denominators, mixtures, options. Packages ar
 run on a CPU.
 """
 
+import ast
+import inspect
 import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +20,11 @@ from torch import Tensor
 import effkern
 from effkern import TeacherHidden, TeacherLogits, linear_distill_loss
 from effkern.integrations.trl import gkd_loss
+from effkern.optim import LoRARite, Shampoo
 from tests.numerics import rel_err
 
 IGNORED = -100
+PAGES = Path(__file__).parents[1] / "docs" / "migration"
 
 
 class Case:
@@ -298,3 +305,58 @@ def test_gemma3n_block_itself():
         # The library's norms round to float32 inside.
         assert rel_err(out.y, u) < 1e-6
         assert rel_err(out.normed, layer.pre_feedforward_layernorm(u)) < 1e-6
+
+
+# The tables
+
+
+def rows_of(page: str) -> Iterator[dict[str, str]]:
+    """Rows of the tables whose first column is "theirs", by their heads."""
+    heads: list[str] = []
+    for line in (PAGES / f"{page}.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if not line.startswith("|"):
+            heads = []
+        elif cells[0] == "theirs":
+            heads = cells
+        elif heads and not set(line) <= set("|- "):
+            assert len(cells) == len(heads), line
+            yield dict(zip(heads, cells))
+
+
+def held(names: str, default: str, parameters: dict[str, inspect.Parameter]) -> int:
+    """How many names in backticks have the default that stands beside them; those without one are left out."""
+    known = [parameters[name] for name in re.findall(r"`(\w+)`", names) if name in parameters]
+    try:
+        values = ast.literal_eval(default.strip("`"))
+    except (SyntaxError, ValueError):
+        return 0
+    values = values if len(known) > 1 else (values,)
+    for parameter, value in zip(known, values if known else ()):
+        assert parameter.default == value, (parameter, value)
+    return len(known)
+
+
+OURS: dict[str, Callable] = dict.fromkeys(("liger", "torchtune", "trl-gkd"), linear_distill_loss)
+OURS |= {"distributed-shampoo": Shampoo, "lora-rite": LoRARite, "gemma3n": effkern.laurel_residual}
+# Arguments of other functions that the tables name: LoraPair and TeacherHidden, torch's add_, global_count.
+OTHERS = {"bias", "alpha", "averaged"}
+
+
+@pytest.mark.parametrize("page", OURS)
+def test_tables_name_options_and_defaults_that_we_have(page):
+    rows = list(rows_of(page))
+    assert len(rows) >= 7
+    parameters = dict(inspect.signature(OURS[page]).parameters)
+    for row in rows:
+        for name in re.findall(r"(?<![\w.\"])(\w+)=", row["ours"]):
+            assert name in parameters or name in OTHERS, (name, row["ours"])
+    if page in ("distributed-shampoo", "lora-rite"):
+        assert sum(held(row["ours"], row["our default"], parameters) for row in rows) >= 8
+
+
+def test_tables_have_the_defaults_of_the_packages():
+    chunked = pytest.importorskip("liger_kernel.chunked_loss")
+    theirs = dict(inspect.signature(chunked.LigerFusedLinearJSDLoss.__init__).parameters)
+    rows = [row for row in rows_of("liger") if "their default" in row]
+    assert sum(held(row["theirs"], row["their default"], theirs) for row in rows) >= 7

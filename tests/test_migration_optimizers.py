@@ -16,21 +16,28 @@ from tests.optim.lora_cases import Product, pairs_of
 STEPS = 12
 
 
-def inverse_power(matrix: Tensor, exponent: float, epsilon: float) -> Tensor:
+def inverse_power(matrix: Tensor, exponent: float, epsilon: float, rank_rtol: float | None) -> Tensor:
+    """Damped by epsilon, or, with rank_rtol, on the range alone."""
     values, vectors = torch.linalg.eigh(matrix)
-    return vectors @ torch.diag((values - values.min().clamp_max(0) + epsilon) ** -exponent) @ vectors.T
+    if rank_rtol is None:
+        powers = (values - values.min().clamp_max(0) + epsilon) ** -exponent
+    else:
+        powers = torch.where(values > rank_rtol * values.max(), values.abs() ** -exponent, 0.0)
+    return vectors @ torch.diag(powers) @ vectors.T
 
 
 class MetaShampoo:
     """DistributedShampoo's step of one matrix, block by block; options have its names and defaults.
 
-    `exponents` stands for inverse_exponent_override[2], `graft` for grafting_config: a kind with beta2 and epsilon.
+    `exponents` stands for inverse_exponent_override[2], `graft` for grafting_config: a kind with beta2 and epsilon;
+    `rank_rtol` for PseudoInverseConfig.
     """
 
     def __init__(
         self, w: Tensor, lr=1e-2, betas=(0.9, 1.0), epsilon=1e-12, weight_decay=0.0, weight_decay_type="DECOUPLED",
         max_preconditioner_dim=1024, precondition_frequency=1, start_preconditioning_step=-1, exponents=(0.25, 0.25),
         graft: tuple[str, float, float] | None = None, drop_weighting_factor_on_gsquare=False,
+        rank_rtol: float | None = None,
     ) -> None:  # fmt: skip
         self.o = SimpleNamespace(**{key: value for key, value in locals().items() if key not in ("self", "w")})
         self.w, self.t, self.peak, limit = w.clone(), 0, lr, max_preconditioner_dim
@@ -64,7 +71,7 @@ class MetaShampoo:
             correction = 1.0 if whole else 1 - beta2**t
             for i, factor in enumerate((s.L, s.R)):
                 if o.exponents[i]:
-                    s.roots[i] = inverse_power(factor / correction, o.exponents[i], o.epsilon)
+                    s.roots[i] = inverse_power(factor / correction, o.exponents[i], o.epsilon, o.rank_rtol)
         s.m = beta1 * s.m + (1 - beta1) * g
         filtered = s.m / (1 - beta1**t)
         grafted = self.graft(filtered, g, s)
@@ -85,7 +92,7 @@ class MetaShampoo:
 
 
 def as_ours(o: dict[str, Any]) -> dict[str, Any]:
-    """The page's table. ridge: the gradients here are of full rank, so that nothing need be added."""
+    """The page's table. ridge: factors here are of full rank or cut, so that nothing need be added."""
     beta1, beta2 = o.get("betas", (0.9, 1.0))
     left, right = o.get("exponents", (0.25, 0.25))
     kind, beta, epsilon = o.get("graft") or ("none", 0.95, 1e-8)
@@ -99,6 +106,7 @@ def as_ours(o: dict[str, Any]) -> dict[str, Any]:
         "side": "both" if left and right else "left" if left else "right",
         "exponents": (left, right) if left and right else left or right,
         "ridge": 0.0,
+        "pseudo_inverse": o.get("rank_rtol"),
         "grafting": kind.lower(),
         "adamw_betas": (0.9, beta if kind in ("Adam", "RMSprop") else 0.95),
         "eps": epsilon,
@@ -127,6 +135,7 @@ SHAMPOO_CASES = {
     "the other": ((9, 5), {"betas": (0.9, 0.9), "exponents": (0.0, 0.5)}),
     "1/2 each": ((6, 6), {"betas": (0.9, 0.9), "exponents": (0.5, 0.5), "graft": ("Adam", 0.99, 1e-8)}),
     "weighted": ((6, 6), {"betas": (0.9, 0.9), "drop_weighting_factor_on_gsquare": True}),
+    "pseudo-inverse": ((6, 6), {"betas": (0.9, 0.9), "epsilon": 0.0, "rank_rtol": 1e-9}),
 }  # fmt: skip
 
 
@@ -144,6 +153,9 @@ def test_metas_step(name):
     start = weight.detach().clone()
     for _ in range(STEPS):
         weight.grad = torch.randn(shape, dtype=torch.float64)
+        if "rank_rtol" in options:
+            # Of rank 4 at every step, always in the same range.
+            weight.grad[:2] = weight.grad[:, :2] = 0.0
         theirs.step(weight.grad)
         ours.step()
         assert rel_err(weight.detach() - start, theirs.w - start) < 1e-7
