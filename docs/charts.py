@@ -14,6 +14,7 @@ from benchmarks.report_plots import brief
 
 MS = 1e3
 # Copies and parts of floors are no variants of the op.
+OWN = ("effkern", "ours", "LoRA-RITE")
 NEVER = ("copy", "floor: Gram", "floor: eigh", "floor: products", "floor: embedding", "floor: gram")
 
 
@@ -25,6 +26,8 @@ class Bars:
     unit: str
     command: str
     values: Mapping[str, float]
+    own: tuple[str, ...]
+    """Variants that are this package's."""
     case: str
     machine: Mapping[str, Any]
 
@@ -54,14 +57,18 @@ class Source:
     where: Mapping[str, Any] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
+    only: tuple[str, ...] = ()
+    leave: tuple[str, ...] = ()
 
     def find(self) -> Bars | None:
         cases: dict[str, dict[str, dict[str, Any]]] = {}
         for line in committed():
             case = line["case"]
-            fits = line["benchmark"] == self.benchmark and line["variant"] not in NEVER
+            variant = line["variant"]
+            fits = line["benchmark"] == self.benchmark and variant not in (*NEVER, *self.leave)
+            fits = fits and (not self.only or variant in self.only)
             if fits and line.get(self.quantity) and all(case.get(key) == value for key, value in self.where.items()):
-                cases.setdefault(json.dumps(case), {})[line["variant"]] = line
+                cases.setdefault(json.dumps(case), {})[variant] = line
         if not cases:
             return None
         case, found = max(cases.items(), key=lambda item: len(item[1]))
@@ -70,12 +77,14 @@ class Source:
         values = {self.names.get(name, name): self.scale * line[self.quantity] for name, line in found.items()}
         said = brief({k: v for k, v in json.loads(case).items() if k not in ("of", "op", "file")})
         machine = next(iter(found.values()))
-        return Bars(self.title, self.unit, self.command or f"benchmarks {self.benchmark}", values, said, machine)
+        own = tuple(name for name in values if name.startswith(OWN))
+        command = self.command or f"benchmarks {self.benchmark}"
+        return Bars(self.title, self.unit, command, values, own, said, machine)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of a JSON file of results, one value per row."""
+    """Rows of a JSON file of results, one value per row; all of them are this package's."""
 
     file: str
     rows: str
@@ -95,7 +104,9 @@ class Table:
         rows = [r for r in whole[self.rows] if all(r.get(key) == value for key, value in self.where.items())]
         values = {r[self.name]: r[self.quantity] for r in rows if r.get(self.quantity)}
         machine = {**whole, "processor": whole.get("cpu", whole.get("processor"))}
-        return Bars(self.title, self.unit, self.command, values, self.case, machine) if len(values) > 1 else None
+        if len(values) < 2:
+            return None
+        return Bars(self.title, self.unit, self.command, values, tuple(values), self.case, machine)
 
 
 @dataclass(frozen=True)
@@ -131,16 +142,23 @@ class Formula:
     values: Mapping[str, float]
 
     def find(self) -> Bars:
-        return Bars(self.title, self.unit, "", self.values, self.case, {})
+        own = tuple(name for name in self.values if name.startswith(OWN))
+        return Bars(self.title, self.unit, "", self.values, own, self.case, {})
 
 
 def memory(benchmark: str, **where: Any) -> Source:
-    return Source(benchmark, "peak_mib", "Peak memory besides inputs and results", "MiB", 1.0, where)
+    return Source(benchmark, "peak_mib", "Rise of memory at the peak of a call", "MiB", 1.0, where)
 
 
 FLOAT32 = {"dtype": "float32"}
 CATALOGUE = {"of": "distill_catalogue", "divergence": "forward_kl", "dtype": "float32", "case": "logits"}
 PRODUCTS = {"products": "the three bare products"}
+PRODUCT = {"products": "the bare products"}
+UPDATE = ("effkern update", "index_add")
+POOLED = {"projected": "effkern, then projected", "folded": "effkern, projection folded", "gather": "rows gathered"}
+SOLVERS = {
+    "auto": "effkern, auto", "jacobi": "effkern, Jacobi", "lapack": "effkern, LAPACK", "torch": "torch.linalg.eigh",
+}  # fmt: skip
 
 # Page of the op: its charts, each a choice of sources in order.
 CHARTS: dict[str, tuple[tuple[Source | Table | Growth | Formula, ...], ...]] = {
@@ -157,7 +175,7 @@ CHARTS: dict[str, tuple[tuple[Source | Table | Growth | Formula, ...], ...]] = {
             memory("distill", case="logits", **FLOAT32),
             memory("distill", **FLOAT32),
             Source(
-                "records", "peak_mib", "Peak memory besides inputs and results", "MiB", 1.0,
+                "records", "peak_mib", "Rise of memory at the peak of a call", "MiB", 1.0,
                 {**CATALOGUE, "of": "distill_memory"},
                 command="benchmarks distill_catalogue --memory",
             ),
@@ -172,8 +190,9 @@ CHARTS: dict[str, tuple[tuple[Source | Table | Growth | Formula, ...], ...]] = {
                 "vocabulary 128000, hidden size 4096, bfloat16; an all-gather of the logits beside the op's sums",
                 {
                     "logits gathered": 2.0 * 128_000,
-                    "effkern, with the gradient of hidden": 72.0 + 2 * 4096,
-                    "effkern, statistics alone": 72.0,
+                    # Maxima, sums and statistics in float32; the gradient in the type of hidden.
+                    "effkern, with the gradient of hidden": 4.0 * (2 + 3 + 13) + 2 * 4096,
+                    "effkern, statistics alone": 4.0 * (2 + 3 + 13),
                 },
             ),
         ),
@@ -201,9 +220,9 @@ CHARTS: dict[str, tuple[tuple[Source | Table | Growth | Formula, ...], ...]] = {
             Source("laurel", where={"pass": "both", **FLOAT32}),
         ),
         (
-            memory("laurel", rows=8192, **FLOAT32),
+            memory("laurel", rows=8192, dim=2048, **{"pass": "both", **FLOAT32}),
             Source(
-                "records", "peak_mib", "Peak memory besides inputs and results", "MiB", 1.0,
+                "records", "peak_mib", "Rise of memory at the peak of a call", "MiB", 1.0,
                 {"of": "laurel_memory", **FLOAT32}, command="benchmarks laurel --memory",
             ),
         ),
@@ -212,10 +231,13 @@ CHARTS: dict[str, tuple[tuple[Source | Table | Growth | Formula, ...], ...]] = {
     ),
     "loop_step": (
         (
-            Source("loop_step", where={"rows": 8192, "dim": 768, "pass": "both", **FLOAT32}),
+            Source("loop_step", where={"form": "glue", "rows": 8192, "dim": 768, "pass": "both", **FLOAT32}),
             Source("loop_step", where={"pass": "both", **FLOAT32}),
         ),
-        (memory("loop_step", **{"pass": "both", **FLOAT32}),),
+        (
+            memory("loop_step", **{"form": "glue", "rows": 8192, "pass": "both", **FLOAT32}),
+            memory("loop_step", **{"pass": "both", **FLOAT32}),
+        ),
         (Growth("loop_step", "rows", "tokens"),),
     ),
     "loop_similarity": (
@@ -230,13 +252,14 @@ CHARTS: dict[str, tuple[tuple[Source | Table | Growth | Formula, ...], ...]] = {
         (Growth("looped_linear_attention", "loops", "loops"),),
     ),
     "mean_pool": (
-        (Source("mean_pool", where={"kind": "tokens", **FLOAT32}),),
-        (Source("mean_pool", where={"kind": "hidden", **FLOAT32}),),
+        (Source("mean_pool", title="Token embeddings", where={"kind": "tokens", **FLOAT32}, names=POOLED),),
+        (Source("mean_pool", title="Hidden states, normalised", where={"kind": "hidden", **FLOAT32}),),
         (memory("mean_pool"),),
     ),
     "kmeans": (
-        (Source("kmeans", where={"m": 1, **FLOAT32}), Source("kmeans")),
-        (Source("kmeans", where={"m": 16, **FLOAT32}),),
+        (Source("kmeans", title="The nearest centroid", where={"m": 1, **FLOAT32}, names=PRODUCT, leave=UPDATE),),
+        (Source("kmeans", title="The 16 nearest", where={"m": 16, **FLOAT32}, names=PRODUCT, leave=UPDATE),),
+        (Source("kmeans", title="New means", where={"m": 1, **FLOAT32}, only=UPDATE),),
         (memory("kmeans"),),
     ),
     "matrix_inverse_root": (
@@ -246,8 +269,13 @@ CHARTS: dict[str, tuple[tuple[Source | Table | Growth | Formula, ...], ...]] = {
         (Growth("shampoo", "layers", "layers"),),
     ),
     "batched_eigh": (
-        (Source("batched_eigh", where={"n": 64, **FLOAT32}),),
-        (memory("batched_eigh", n=64, **FLOAT32), Source("batched_eigh", where={"n": 16, **FLOAT32})),
+        (Source("batched_eigh", title="Order 64", where={"n": 64, **FLOAT32}, names=SOLVERS),),
+        (Source("batched_eigh", title="Order 16", where={"n": 16, **FLOAT32}, names=SOLVERS),),
+        (
+            Source(
+                "batched_eigh", "peak_mib", "Rise of memory at the peak of a call", "MiB", 1.0, FLOAT32, SOLVERS,
+            ),
+        ),
         (Growth("batched_eigh", "n", "order n"),),
         (Growth("batched_eigh", "count", "matrices"),),
     ),

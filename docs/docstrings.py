@@ -52,14 +52,25 @@ def literal(line: str) -> bool:
 
 
 def apart(line: str) -> bool:
-    """Set apart by spaces: indented, a row of a table, in columns."""
-    return line.startswith((" ", "|")) or bool(ALIGNED.search(line))
+    """Set apart by spaces: indented, or in columns."""
+    return line.startswith(" ") or bool(ALIGNED.search(line))
+
+
+def table(lines: list[str]) -> list[str]:
+    """A table of Markdown, its second line the rule below the head."""
+    found = [".. list-table::", "   :header-rows: 1", ""]
+    for row in (lines[0], *lines[2:]):
+        for i, cell in enumerate(row.strip("| ").split("|")):
+            found.append(f"   {'  ' if i else '* '}- {inline(cell.strip())}")
+    return found
 
 
 def paragraph(lines: list[str]) -> list[str]:
     """A paragraph outside of the sections: runs of prose and of formulas."""
     if lines[0].startswith(("- ", "1. ")):
         return [inline(line) for line in lines]
+    if all(line.startswith("|") for line in lines):
+        return table(lines)
     marks = [literal(line) for line in lines]
     if not marks[0]:
         # Behind prose only what is set apart is a formula: a sentence may well have a sign in it.

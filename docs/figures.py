@@ -21,18 +21,12 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLo
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from benchmarks.report_plots import OURS
-
 # Replaced by the page's text colour; no other element has it.
 INK = "#010203"
 OUR_COLOUR = "#23976a"
 WIDTH = 4.1
 # A longer name stands on the page as its beginning.
 LETTERS = 46
-
-
-def ours(name: str) -> bool:
-    return name in OURS or name.startswith(("effkern", "ours")) or name in ("recompute", "jacobi")
 
 
 def number(value: float) -> str:
@@ -48,7 +42,7 @@ def bars(chart: charts.Bars) -> Any:
     logarithmic = largest > 30 * order[0][1]
     left = order[0][1] / 2 if logarithmic else 0.0
     for row, (name, value) in enumerate(order):
-        mine = ours(name)
+        mine = name in chart.own
         axes.barh(
             row, value - left, left=left, height=0.36, color=OUR_COLOUR if mine else INK, alpha=1 if mine else 0.32
         )
@@ -125,8 +119,9 @@ def drawn(chart: charts.Bars | charts.Curve, salt: str) -> str:
 def source(chart: charts.Bars | charts.Curve) -> str:
     """What was measured, and by which command."""
     command = f"; <code>python -m {html.escape(chart.command)}</code>" if chart.command else "; computed, not measured"
-    threads = f"; {chart.machine['threads']} threads" if chart.machine.get("threads") else ""
-    return f"<b>{html.escape(chart.title)}</b>: {html.escape(chart.case)}{threads}{command}."
+    count = chart.machine.get("threads")
+    threads = f"; {count} thread{'s' * (count > 1)}" if count else ""
+    return f"<b>{html.escape(chart.title)}</b>: {html.escape(chart.case)}{threads}{command}.<br>"
 
 
 def machines(found: list[charts.Bars | charts.Curve]) -> str:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("**/*.md"))
 # Pages that say where things are or how the project works may hold no code; so may other documents shown as pages.
-WITHOUT_CODE = ("adding-an-op.md", "architecture.md", "compatibility.md", "reference.md")
+WITHOUT_CODE = ("adding-an-op.md", "architecture.md", "compatibility.md", "install.md", "reference.md")
 OPS = sorted((DOCS / "ops").glob("*.md"))
 DOCUMENTED = re.compile(r"^\.\. auto(?:function|class):: effkern\.(\S+)$", flags=re.MULTILINE)
 
@@ -83,8 +83,8 @@ def test_a_page_of_an_op_has_all_its_parts(page):
     assert re.findall(r"```\{measured\} (\w+)", text) == [page.stem]
 
 
-def test_every_figure_has_committed_results(monkeypatch):
-    """Each page of an op draws something, its values are finite and its own variant is among them."""
+def test_charts_of_the_committed_results(monkeypatch):
+    """Charts have pages, their values are finite, and where there are bars this package has one."""
     monkeypatch.syspath_prepend(DOCS)
     import charts
 
@@ -92,6 +92,7 @@ def test_every_figure_has_committed_results(monkeypatch):
     for op in charts.CHARTS:
         for chart in charts.charts(op):
             points = chart.values.values() if isinstance(chart, charts.Bars) else [y for _, y in chart.points]
+            assert not isinstance(chart, charts.Bars) or chart.own
             assert all(0 < value < float("inf") for value in points), (op, chart)
     with pytest.raises(ValueError, match=r"op must be one of .*, got 'nothing'"):
         charts.charts("nothing")
@@ -109,14 +110,20 @@ def commands() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("page", "line"), commands(), ids=lambda text: text)
 def test_options_of_the_quick_starts_exist(page, line, capsys):
-    """Each command is asked for its help, which must know every option that the page uses."""
+    """An op's benchmark parses its line; other commands are asked for their help, which must know every option."""
+    from benchmarks import __main__ as benchmarks
+    from benchmarks import harness, suite
     from effkern import cli
 
-    words = shlex.split(line)
-    plain = [word for word in words[1:] if not word.startswith("-")]
-    depth = 2 if plain[0] in ("data", "runs", "bench") else 1
+    words = shlex.split(line)[1:]
+    if words[0] == "bench" and words[1] not in benchmarks.COMMANDS:
+        assert harness.parser_of(suite.load(words[1])).parse_args(words[2:])
+        return
+    depth = 2 if words[0] in ("data", "runs") else 1
+    # `effkern bench` starts the former as a process.
+    main, command = (benchmarks.main, words[1:2]) if words[0] == "bench" else (cli.main, words[:depth])
     with pytest.raises(SystemExit) as stop:
-        raise SystemExit(cli.main([*words[1 : 1 + depth], "--help"]))
+        raise SystemExit(main([*command, "--help"]))
     assert not stop.value.code
     text = capsys.readouterr().out
     for option in (word for word in words if word.startswith("--")):
