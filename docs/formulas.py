@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 def svg(latex: str, inline: bool) -> str:
     ziamath.config.svg2 = False
     formula = ziamath.Latex(latex, size=EM, inline=inline, color="currentColor")
+    # The converter leaves what it does not know as it was written.
+    if "\\" in formula.mathmlstr():
+        raise ValueError("a command is not known")
     text = formula.svg()
     head, rest = text.split(">", 1)
     width, height = (float(head.split(f'{name}="')[1].split('"')[0]) for name in ("width", "height"))

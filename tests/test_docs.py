@@ -171,6 +171,19 @@ def test_links_out_of_the_pages(monkeypatch):
     assert linked("[a](results/suite.jsonl)", ROOT / "benchmarks", DOCS) == "[a](../benchmarks/results/suite.jsonl)"
 
 
+def test_a_formula_is_set_or_refused(monkeypatch):
+    pytest.importorskip("sphinx")
+    pytest.importorskip("ziamath")
+    monkeypatch.syspath_prepend(DOCS)
+    from formulas import svg
+
+    text = svg(r"\frac{a}{b}", True)
+    assert 'aria-label="\\frac{a}{b}"' in text
+    assert "currentColor" in text
+    with pytest.raises(ValueError, match="a command is not known"):
+        svg(r"\nosuch{a}", True)
+
+
 def test_the_citation_file_is_whole():
     yaml = pytest.importorskip("yaml")
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
