@@ -13,8 +13,9 @@ from benchmarks import lines
 from benchmarks.report_plots import brief
 
 MS = 1e3
-# Copies and parts of floors are no variants of the op.
+# How names of this package's variants begin.
 OWN = ("effkern", "ours", "LoRA-RITE")
+# Copies and parts of floors are no variants of the op.
 NEVER = ("copy", "floor: Gram", "floor: eigh", "floor: products", "floor: embedding", "floor: gram")
 
 
@@ -47,7 +48,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Source:
-    """Lines of a benchmark, one value per variant, of the case that fits `where` and has most variants."""
+    """Lines of a benchmark, a value per variant, of the case that fits `where` and has most variants on one machine."""
 
     benchmark: str
     quantity: str = "wall"
@@ -61,17 +62,17 @@ class Source:
     leave: tuple[str, ...] = ()
 
     def find(self) -> Bars | None:
-        cases: dict[str, dict[str, dict[str, Any]]] = {}
+        cases: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
         for line in committed():
-            case = line["case"]
-            variant = line["variant"]
+            case, variant = line["case"], line["variant"]
             fits = line["benchmark"] == self.benchmark and variant not in (*NEVER, *self.leave)
             fits = fits and (not self.only or variant in self.only)
             if fits and line.get(self.quantity) and all(case.get(key) == value for key, value in self.where.items()):
-                cases.setdefault(json.dumps(case), {})[variant] = line
+                place = json.dumps(case), str(line.get("processor")), str(line.get("gpu"))
+                cases.setdefault(place, {})[variant] = line
         if not cases:
             return None
-        case, found = max(cases.items(), key=lambda item: len(item[1]))
+        (case, *_), found = max(cases.items(), key=lambda item: len(item[1]))
         if len(found) < 2:
             return None
         values = {self.names.get(name, name): self.scale * line[self.quantity] for name, line in found.items()}
@@ -84,7 +85,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of a JSON file of results, one value per row; all of them are this package's."""
+    """Rows of a JSON file of results, one value per row; all of them are this package's.
+
+    case: with names of the file's fields in braces.
+    """
 
     file: str
     rows: str
@@ -106,7 +110,8 @@ class Table:
         machine = {**whole, "processor": whole.get("cpu", whole.get("processor"))}
         if len(values) < 2:
             return None
-        return Bars(self.title, self.unit, self.command, values, tuple(values), self.case, machine)
+        case = self.case.format(**{**whole, **self.where})
+        return Bars(self.title, self.unit, self.command, values, tuple(values), case, machine)
 
 
 @dataclass(frozen=True)
@@ -203,7 +208,7 @@ CHARTS: dict[str, tuple[tuple[Source | Table | Growth | Formula, ...], ...]] = {
         (
             Table(
                 "soft_labels-v32000.json", "records", "labels", "bytes_per_token", "Stored per token", "bytes",
-                "benchmarks.soft_labels", "a teacher of this package, vocabulary 32000, real text",
+                "benchmarks.soft_labels", "a teacher of this package, vocabulary {vocab}, real text",
             ),
         ),
         (Growth("soft_labels", "vocab", "vocabulary"),),
@@ -292,14 +297,15 @@ CHARTS: dict[str, tuple[tuple[Source | Table | Growth | Formula, ...], ...]] = {
         (
             Table(
                 "looped_modes_time.json", "records", "variant", "wall", "Forward and backward", "s",
-                "benchmarks.looped_modes --parts time", "2 layers, 8 loops, width 256, float32",
+                "benchmarks.looped_modes --parts time", "{layers} layers, {loops} loops, [{batch}, {length}, {dim}]",
                 {"part": "time", "layers": 2, "loops": 8},
             ),
         ),
         (
             Table(
                 "looped_modes_memory.json", "records", "mode", "states", "Peak memory", "states",
-                "benchmarks.looped_modes --parts memory", "2 layers, 12 loops; one state is [32, 256, 128]",
+                "benchmarks.looped_modes --parts memory",
+                "{layers} layers, {loops} loops; a state is [{batch}, {length}, {dim}]",
                 {"part": "memory", "layers": 2, "loops": 12},
             ),
         ),
