@@ -22,7 +22,7 @@ extensions = [
     "formulas",
     "outside",
 ]
-needs_sphinx = "8.0"
+needs_sphinx = "8.1"
 exclude_patterns = ["_static"]
 
 myst_enable_extensions = ["dollarmath", "colon_fence"]
