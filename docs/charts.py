@@ -322,5 +322,10 @@ def charts(op: str) -> list[Bars | Curve]:
     """Of an op, as far as its figures are among the committed ones."""
     if op not in CHARTS:
         raise ValueError(f"op must be one of {', '.join(CHARTS)}, got {op!r}")
-    found = (next(filter(None, (source.find() for source in choice)), None) for choice in CHARTS[op])
-    return [chart for chart in found if chart is not None]
+    return [chart for choice in CHARTS[op] if (chart := first(choice)) is not None]
+
+
+def first(choice: tuple[Source | Table | Growth | Formula, ...]) -> Bars | Curve | None:
+    """Of the sources in order, what the first that was measured holds."""
+    found = (source.find() for source in choice)
+    return next((chart for chart in found if chart is not None), None)

@@ -125,7 +125,7 @@ def source(chart: charts.Bars | charts.Curve) -> str:
 
 
 def machines(found: list[charts.Bars | charts.Curve]) -> str:
-    said = {}
+    said: dict[str, set[str]] = {}
     for chart in found:
         m = chart.machine
         if m:
