@@ -211,7 +211,7 @@ def test_a_signal_stops_and_the_same_command_goes_on(folder, tmp_path, monkeypat
     assert (tmp_path / "s" / ".part-000000.npy").exists()
     assert cli.main(command) == 0
     found = open_artifact(tmp_path / "s", "scores")
-    assert not list((tmp_path / "s").glob(".*"))
+    assert [file.name for file in (tmp_path / "s").glob(".*")] == [".lock"]
     assert found.load("loss").size == len(Pool([folder / "A"], 16))
 
 
