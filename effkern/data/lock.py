@@ -80,7 +80,10 @@ def _lock(handle: int, *, exclusive: bool) -> bool:
 
 
 def _this_process() -> str:
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    # Of python -m effkern.
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    command = shlex.join([name, *sys.argv[1:]])
     command = command if len(command) <= SHOWN else f"{command[:SHOWN]}..."
     return f"process {os.getpid()} on {socket.gethostname()}: {command}"
 
