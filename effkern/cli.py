@@ -193,6 +193,13 @@ def data(arguments: Sequence[str]) -> int:
     return tyro.extras.subcommand_cli_from_dict(commands, prog="effkern data", args=list(arguments))
 
 
+def finetune(arguments: Sequence[str]) -> int:
+    """LoRA adapters on a checkpoint."""
+    from effkern.cli_finetune import main as run
+
+    return run(arguments)
+
+
 def ablate(arguments: Sequence[str]) -> int:
     """Features alone and together, over seeds, at equal tokens."""
     from effkern.cli_ablate import ablate as run
@@ -237,7 +244,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     ),
     "finetune": (
         "train LoRA adapters on a checkpoint (LoRA-RITE, AdamW ...), merge and export",
-        _from("effkern.cli_finetune", "finetune", "finetune"),
+        finetune,
     ),
     "eval": ("loss, perplexity and accuracy of a checkpoint; --tasks", _from("effkern.cli_model", "evaluate", "eval")),
     "generate": ("continue a prompt with a checkpoint", _from("effkern.cli_model", "generate", "generate")),

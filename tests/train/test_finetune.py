@@ -260,6 +260,21 @@ def test_commands(young, dataset, tmp_path, capsys):
     assert "holds an adapter of rank 2 alone" in capsys.readouterr().err
 
 
+def test_a_preset_fills_in_what_is_not_given(young, dataset, tmp_path, capsys):
+    common = ["finetune", "--checkpoint", str(young), "--data", str(dataset.path), "--steps", "2", "--device", "cpu"]
+    stored = {}
+    for name, more in (("paper-lora-rite", []), ("paper-lora-adam", ["--rank", "2", "--alpha", "4"])):
+        assert cli.main([*common, "--out", str(tmp_path / name), "--preset", name, *more]) == 0
+        assert f"unconfirmed in {name}: alpha=16: of the authors' example script" in capsys.readouterr().out
+        config = load_model(tmp_path / name / "merged").meta
+        stored[name] = (config["merged"]["lora"], config["config"]["optimizer"]["lr"])
+    rite, adam = stored["paper-lora-rite"], stored["paper-lora-adam"]
+    assert (rite[0]["optimizer"], rite[0]["rank"], rite[0]["alpha"], rite[1]) == ("lora_rite", 16, 16.0, 2e-4)
+    assert (adam[0]["optimizer"], adam[0]["rank"], adam[0]["alpha"], adam[1]) == ("adamw", 2, 4.0, 1e-5)
+    assert cli.main([*common, "--out", str(tmp_path / "no"), "--preset", "paper"]) == 1
+    assert "--preset must be one of paper-lora-rite, paper-lora-adam, got 'paper'" in capsys.readouterr().err
+
+
 def test_the_command_of_the_comparison(tmp_path, monkeypatch, capsys):
     from effkern.train import finetune_demo
 
