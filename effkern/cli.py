@@ -46,12 +46,14 @@ def train(arguments: Sequence[str]) -> int:
     config = command.settings
 
     if command.dry_run:
+        from effkern.ops.distill.chunked import chunk_bytes
         from effkern.train.device import choose_device, choose_precision
         from effkern.train.estimate import estimate, render
 
-        dtype = choose_precision(config.run.precision, choose_device(config.run.device))
+        device = choose_device(config.run.device)
+        dtype, budget = choose_precision(config.run.precision, device), chunk_bytes(device)
         teacher = PRESETS[chosen.teacher].config.model if chosen and chosen.teacher else _teacher_shape(config)
-        print(render(estimate(config, dtype, teacher), config, dtype, chosen.unconfirmed if chosen else ()))
+        print(render(estimate(config, dtype, teacher, budget), config, dtype, chosen.unconfirmed if chosen else ()))
         return 0
     return _train(config, f"effkern train {' '.join(arguments)}")
 
@@ -300,6 +302,7 @@ def _is_expected(error: Exception) -> bool:
     # Their modules are loaded only by the commands that can raise them.
     homes = {
         "CheckpointError": "effkern.train.checkpoint",
+        "InUse": "effkern.data.lock",
         "RankError": "effkern.train.parallel",
         "TrainingDiverged": "effkern.train.loop",
     }

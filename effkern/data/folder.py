@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from effkern.data.lock import FileLock
+from effkern.data.lock import FileLock, InUse
 from effkern.data.manifest import MANIFEST, Manifest, load_manifest
 
 LOCK = ".build.lock"
@@ -72,12 +72,12 @@ def build_folder(path: Path, overwrite: bool) -> Iterator[BuildFolder]:
 
     Raises:
         FileExistsError: a finished dataset stands there and `overwrite` is False, or the folder holds other files.
-        RuntimeError: another build is writing to it.
+        InUse: another build is writing to it.
     """
     created = not path.exists()
     _check_out(path, overwrite)
     path.mkdir(parents=True, exist_ok=True)
-    with FileLock(path / LOCK, lambda who: RuntimeError(f"build_dataset: another build is writing to {path} ({who})")):
+    with FileLock(path / LOCK, lambda who: InUse(f"build_dataset: another build is writing to {path} ({who})")):
         # Again under the lock: another build may have finished in between.
         _check_out(path, overwrite)
         folder = BuildFolder(path, _names(path))

@@ -19,6 +19,10 @@ SHOWN = 160
 """Characters of a command line."""
 
 
+class InUse(RuntimeError):
+    """Another process is writing there."""
+
+
 class FileLock:
     """Context manager: holds the lock on `path`, a file in a folder that exists. Where the system has no flock, nobody
     is kept out.

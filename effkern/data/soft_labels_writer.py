@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from effkern.data.dataset import PackedDataset
-from effkern.data.lock import FileLock
+from effkern.data.lock import FileLock, InUse
 from effkern.data.soft_labels_codec import LabelArrays
 from effkern.data.soft_labels_shard import ShardFile, check_content, shard_name
 from effkern.data.soft_labels_spec import MANIFEST, SPEC, WINDOWS, LabelManifest, LabelShard, LabelSpec, load_spec
@@ -75,7 +75,7 @@ def write_soft_labels(
             is not finite; a finished shard was changed, or the spec cannot be read, and `overwrite` is False.
         FileExistsError: `out` holds other files.
         OSError: the disk is full or fails. Finished shards stay, and nothing half-written does.
-        RuntimeError: another process is writing to `out`.
+        InUse: another process is writing to `out` (a RuntimeError).
     """
     assert spec.windows_sha256 == windows_hash(windows)
     path = Path(out)
@@ -230,7 +230,7 @@ def _locked(path: Path) -> FileLock:
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"soft labels: out must be a folder, got a file: {path}")
     path.mkdir(parents=True, exist_ok=True)
-    return FileLock(path / LOCK, lambda who: RuntimeError(f"soft labels: another process is writing to {path} ({who})"))
+    return FileLock(path / LOCK, lambda who: InUse(f"soft labels: another process is writing to {path} ({who})"))
 
 
 def free_bytes(path: Path) -> int:

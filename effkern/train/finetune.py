@@ -35,7 +35,10 @@ DEFAULTS: Mapping[str, OptimizerConfig] = {
 
 
 def build_lora_optimizer(model: nn.Module, lora: LoraConfig, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer that `lora.optimizer` names, over the adapters of `model`; the learning rate is set every step."""
+    """The optimizer that `lora.optimizer` names, over the adapters of `model`; the learning rate is set every step.
+
+    With lora.train_A False the factors A have no gradient already.
+    """
     from effkern.optim import LoRAMuon, LoRARite, ScaledAdam
 
     betas = (config.beta1, config.beta2)

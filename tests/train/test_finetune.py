@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from effkern import cli
 from effkern.nn.lora import inject_lora, load_lora_state_dict, lora_layers, merge_lora
 from effkern.train.checkpoint import CheckpointError
-from effkern.train.config import LORA_OPTIMIZERS, LoraConfig
+from effkern.train.config import LORA_OPTIMIZERS, DistributedConfig, LoraConfig
 from effkern.train.demo import DemoInterrupted
 from effkern.train.finetune import DEFAULTS, FineTuner, build_lora_optimizer, finetune, finetune_config
 from effkern.train.finetune_demo import FinetunePlan, render, run_finetune_demo
@@ -232,6 +232,11 @@ def test_every_optimizer_has_defaults(config, young):
 def test_bad_settings(config, changes, message):
     with pytest.raises(ValueError, match=message):
         FineTuner(config(**changes), quiet=True)
+
+
+def test_adapters_are_trained_whole(config):
+    with pytest.raises(ValueError, match=r"distributed.mode must be none or ddp to train adapters, got 'fsdp'"):
+        FineTuner(replace(config(), distributed=DistributedConfig(mode="fsdp")), quiet=True)
 
 
 def test_rank_and_checkpoint_belong_together(config, base):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from effkern.data.lock import FileLock
+from effkern.data.lock import FileLock, InUse
 
 FORMAT = "effkern-curation"
 FORMAT_VERSION = 1
@@ -99,14 +99,14 @@ def begin(
     Raises:
         FileExistsError: the folder holds a finished step and `overwrite` is False, or other files.
         ValueError: it holds an unfinished step that was made in another way, and `overwrite` is False.
-        RuntimeError: another process is writing to it; it is named.
+        InUse: another process is writing to it (a RuntimeError); it is named.
     """
     folder = Path(path)
     plan = {"kind": kind, "settings": dict(settings), "inputs": dict(inputs)}
     # Before a lock is left in a folder that is somebody else's.
     _known(folder, kind)
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / LOCK, lambda who: RuntimeError(f"{kind}: another process is writing to {folder} ({who})")):
+    with FileLock(folder / LOCK, lambda who: InUse(f"{kind}: another process is writing to {folder} ({who})")):
         _take_up(folder, kind, plan, overwrite)
         yield folder
 
