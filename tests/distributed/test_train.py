@@ -2,7 +2,7 @@
 
 Every rank computes its rows of the same batches, so nothing differs but where sums over tokens are cut: each partial
 sum is off by some 2^-24 of its size, in gradients and in losses. BOUND, relative, is 250 times that for 12 steps of
-AdamW and Shampoo; measured: up to 2e-6 (the norm of the gradient; the loss: 2e-7). Two ranks even give the very bits of
+AdamW and Shampoo; measured: up to 5e-6 (the norm of the gradient; the loss: 3e-7). Two ranks even give the very bits of
 one process that accumulates two micro-batches, as (a + b) / 2 is exact.
 """
 
