@@ -46,12 +46,14 @@ def train(arguments: Sequence[str]) -> int:
     config = command.settings
 
     if command.dry_run:
+        from effkern.ops.distill.chunked import chunk_bytes
         from effkern.train.device import choose_device, choose_precision
         from effkern.train.estimate import estimate, render
 
-        dtype = choose_precision(config.run.precision, choose_device(config.run.device))
+        device = choose_device(config.run.device)
+        dtype, budget = choose_precision(config.run.precision, device), chunk_bytes(device)
         teacher = PRESETS[chosen.teacher].config.model if chosen and chosen.teacher else _teacher_shape(config)
-        print(render(estimate(config, dtype, teacher), config, dtype, chosen.unconfirmed if chosen else ()))
+        print(render(estimate(config, dtype, teacher, budget), config, dtype, chosen.unconfirmed if chosen else ()))
         return 0
     return _train(config, f"effkern train {' '.join(arguments)}")
 
@@ -193,6 +195,13 @@ def data(arguments: Sequence[str]) -> int:
     return tyro.extras.subcommand_cli_from_dict(commands, prog="effkern data", args=list(arguments))
 
 
+def finetune(arguments: Sequence[str]) -> int:
+    """LoRA adapters on a checkpoint."""
+    from effkern.cli_finetune import main as run
+
+    return run(arguments)
+
+
 def ablate(arguments: Sequence[str]) -> int:
     """Features alone and together, over seeds, at equal tokens."""
     from effkern.cli_ablate import ablate as run
@@ -237,7 +246,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     ),
     "finetune": (
         "train LoRA adapters on a checkpoint (LoRA-RITE, AdamW ...), merge and export",
-        _from("effkern.cli_finetune", "finetune", "finetune"),
+        finetune,
     ),
     "eval": ("loss, perplexity and accuracy of a checkpoint; --tasks", _from("effkern.cli_model", "evaluate", "eval")),
     "generate": ("continue a prompt with a checkpoint", _from("effkern.cli_model", "generate", "generate")),
@@ -293,6 +302,7 @@ def _is_expected(error: Exception) -> bool:
     # Their modules are loaded only by the commands that can raise them.
     homes = {
         "CheckpointError": "effkern.train.checkpoint",
+        "InUse": "effkern.data.lock",
         "RankError": "effkern.train.parallel",
         "TrainingDiverged": "effkern.train.loop",
     }
