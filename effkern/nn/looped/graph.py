@@ -176,7 +176,9 @@ class _Recorded:
         self.sums = [torch.zeros_like(x, dtype=wide(x.dtype)) for x in summed]
         self.row_grads = [torch.zeros_like(x) for x in self.row if x.requires_grad]
         self._refuse_randomness(start)
-        self.forward = recorder.record(self._forward)
+        # Streams and graphs are of the current device, which need not be that of the block.
+        with torch.cuda.device_of(start):
+            self.forward = recorder.record(self._forward)
         self.backward: Callable[[], None] | None = None
 
     def _forward(self) -> None:
@@ -202,7 +204,8 @@ class _Recorded:
 
     def record_backward(self) -> Callable[[], None]:
         if self.backward is None:
-            self.backward = self.recorder.record(self._backward)
+            with torch.cuda.device_of(self.state):
+                self.backward = self.recorder.record(self._backward)
         return self.backward
 
     def _refuse_randomness(self, start: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
 
 from effkern.ops import registry
 
@@ -74,14 +75,18 @@ for _name, _fake in (
         torch.library.register_fake(_op, _fake, lib=_library)
 
 
+def _has_lapack() -> bool:
+    # A question to this process: torch.export would write it into the program.
+    with no_dispatch():
+        return torch.ops.effkern.shampoo_lapack()
+
+
 def _cpp() -> registry.Implementation:
     compiled = registry.cpp()
 
     def unavailable(device: torch.device) -> str | None:
         reason = compiled.unavailable(device)
-        if reason is None and not torch.ops.effkern.shampoo_lapack():
-            return "this libtorch has no LAPACK"
-        return reason
+        return reason if reason is not None or _has_lapack() else "this libtorch has no LAPACK"
 
     return registry.Implementation(compiled.name, unavailable)
 
