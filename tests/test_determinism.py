@@ -2,10 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
 
-from effkern.nn.lora import inject_lora
-from effkern.optim import LoRARite, OneSidedShampoo, Shampoo
 from tests.ops.op_calls import CALLS, CASES, IDS, Make
 
 
@@ -36,7 +33,7 @@ def test_thread_counts(name, impl):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(bits(CALLS[name].run(Make(extra=100 if 'jacobi' in name else 700), impl)))
+            found.append(bits(CALLS[name].run(Make(extra=100 if "jacobi" in name else 700), impl)))
     finally:
         torch.set_num_threads(before)
     same = all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))

@@ -45,6 +45,15 @@ class LaurelBlock(nn.Module):
         return out.y, out.normed
 
 
+class LossOf(nn.Module):
+    def __init__(self, loss_fn: nn.Module) -> None:
+        super().__init__()
+        self.loss_fn = loss_fn
+
+    def forward(self, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+        return self.loss_fn(hidden, head, labels).loss
+
+
 class Case(NamedTuple):
     module: Callable[[], nn.Module]
     inputs: Callable[[int], tuple[Tensor, ...]]
@@ -75,7 +84,12 @@ def matrices(n: int) -> Tensor:
 
 def with_head(fn: Callable[..., Any]) -> Callable[[], nn.Module]:
     """A function of an output layer and more."""
-    return lambda: Fn(lambda head, *args, weight=torch.randn(37, 16): fn(weight, head, *args))
+
+    def make() -> nn.Module:
+        weight = torch.randn(37, 16)
+        return Fn(lambda hidden, *rest: fn(weight, hidden, *rest))
+
+    return make
 
 
 def distill(weight: Tensor, hidden: Tensor, labels: Tensor, teacher: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,11 +153,11 @@ CASES: dict[str, Case] = {
         (0, 0, 0, None), ("linear_distill_fwd",),
     ),
     "LinearDistillLoss": Case(
-        lambda: Fn(lambda h, w, y, loss_fn=LinearDistillLoss(z_loss=1e-4): loss_fn(h, w, y).loss),
+        lambda: LossOf(LinearDistillLoss(z_loss=1e-4)),
         lambda n: (torch.randn(n, 16), torch.randn(37, 16), labels(n)), (0, None, 0), ("linear_distill_fwd",),
     ),
     "matrix_inverse_root": Case(
-        lambda: Fn(lambda a: effkern.matrix_inverse_root(a)), lambda n: (matrices(n),), (0,), ("shampoo_inverse_root_",),
+        lambda: Fn(effkern.matrix_inverse_root), lambda n: (matrices(n),), (0,), ("shampoo_inverse_root_",),
     ),
     "batched_eigh": Case(
         lambda: Fn(lambda a: tuple(effkern.batched_eigh(a))), lambda n: (matrices(n),), (0,), ("batched_eigh",)

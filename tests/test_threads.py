@@ -85,7 +85,11 @@ def shared_modules() -> dict[str, tuple[nn.Module, Callable[[nn.Module, Tensor],
     torch.manual_seed(0)
     laurel = LaurelResidual(16, "rw+lr", rank=3)
     looped = LoopedBlock(nn.Sequential(nn.Linear(16, 16), nn.Tanh()), 3, dim=16, injection="add", norm=True)
-    decoder = Decoder(DecoderConfig(vocab_size=50, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=2, mlp_size=24, max_seq_len=16))
+    decoder = Decoder(
+        DecoderConfig(
+            vocab_size=50, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=2, mlp_size=24, max_seq_len=16
+        )
+    )
 
     def wide(seed: int) -> Tensor:
         return torch.randn(5, 16, generator=torch.Generator().manual_seed(seed))

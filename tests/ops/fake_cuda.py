@@ -44,7 +44,9 @@ class FakeCuda:
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
         interpreter = pytest.importorskip("triton.runtime.interpreter")
-        monkeypatch.setattr(interpreter.InterpretedFunction, "run", lambda *args, **kwargs: self._launch(*args, **kwargs))
+        monkeypatch.setattr(
+            interpreter.InterpretedFunction, "run", lambda *args, **kwargs: self._launch(*args, **kwargs)
+        )
         # The same for the same tensor, and aligned as torch aligns them.
         monkeypatch.setattr(FakeTensor, "data_ptr", lambda x: id(x) // 16 * 256, raising=False)
 

@@ -34,6 +34,8 @@ class InsideOps(TorchDispatchMode):
         """Triton's kernels call no operators of ours, and its interpreter is slow under a mode."""
         if func.namespace != "effkern":
             return False
-        if self.key == DispatchKey.CPU and ("triton" in func.name() or any(x == "triton" for x in args if isinstance(x, str))):
+        if self.key == DispatchKey.CPU and (
+            "triton" in func.name() or any(x == "triton" for x in args if isinstance(x, str))
+        ):
             return False
         return torch._C._dispatch_has_computed_kernel_for_dispatch_key(func.name(), self.key.name)

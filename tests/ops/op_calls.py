@@ -264,7 +264,9 @@ CALLS: dict[str, OpCall] = {
     "soft_labels": OpCall(soft_labels, _PLAIN),
     "inverse_root, eigh": OpCall(lambda make, impl: roots(make, impl, "eigh"), _PLAIN),
     "inverse_root, rational": OpCall(lambda make, impl: roots(make, impl, "rational"), _PLAIN),
-    "inverse_root, polar_express": OpCall(lambda make, impl: roots(make, impl, "polar_express"), ("triton", "reference")),
+    "inverse_root, polar_express": OpCall(
+        lambda make, impl: roots(make, impl, "polar_express"), ("triton", "reference")
+    ),
     "shampoo": OpCall(shampoo, _ALL),
     "batched_eigh": OpCall(lambda make, impl: eigh(make, impl, "auto"), _PLAIN),
     "batched_eigh, jacobi": OpCall(lambda make, impl: eigh(make, impl, "jacobi"), ("cpp",)),

@@ -1,11 +1,19 @@
 """Several devices, streams and CUDA graphs, as far as they can be seen without a GPU, and on one where there is one."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from effkern import native
+from effkern.nn import GraphedLoops, LoopedBlock
+from effkern.nn.looped import graph
+from effkern.nn.lora import inject_lora
 from effkern.ops import addresses
+from effkern.optim import LoRARite, Shampoo
 from tests.ops.fake_cuda import DEVICE, ELSEWHERE, fake_cuda
 from tests.ops.op_calls import CALLS, Make
 from tests.ops.operator_samples import operator_samples
@@ -50,7 +58,14 @@ def test_kernels_in_python_read_no_value_on_a_gpu(name, monkeypatch):
     samples = operator_samples()[name]
     with fake_cuda(monkeypatch) as gpu:
         for sample in samples:
-            args = tree_map(lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE) if isinstance(x, Tensor) else x, sample)
+            args = tree_map(
+                lambda x: (
+                    torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE)
+                    if isinstance(x, Tensor)
+                    else x
+                ),
+                sample,
+            )
             args = tuple(impl if isinstance(x, str) and x == "cpp" else x for x in args)
             with gpu.running():
                 out = getattr(torch.ops.effkern, name)(*args)
@@ -67,6 +82,74 @@ def test_tensors_of_two_devices_are_refused(name):
         with pytest.raises(Exception) as e:
             CALLS[name].run(make, "auto")
         print("ODD", name, odd, type(e.value).__name__, str(e.value)[:150])
+
+
+def test_tables_of_addresses_in_a_capture(monkeypatch):
+    """A table of a step before serves, and outlives what is thrown out; others are written without a copy."""
+    for name in ("_TABLES", "_CAPTURED"):
+        monkeypatch.setattr(addresses, name, {})
+    device = torch.device(DEVICE)
+    with fake_cuda(monkeypatch) as gpu, gpu.running():
+        known = addresses.table([1, 2, 3], device)
+        assert gpu.copies
+        gpu.copies.clear()
+        gpu.capturing = True
+        assert addresses.table([1, 2, 3], device) is known
+        new = addresses.table([1, 2, 4], device)
+        assert new.device == device
+        assert addresses.table([1, 2, 4], device) is not new
+        assert not gpu.copies
+        gpu.capturing = False
+        for i in range(100):
+            addresses.table([i], device)
+    assert len(addresses._TABLES) <= 64
+    assert known in addresses._CAPTURED.values()
+    assert all(entry.table is not new for entry in addresses._TABLES.values())
+
+
+def test_the_numbers_of_a_table_that_is_written_in_a_capture():
+    numbers = (2**62 + 1, 0, -3)
+    assert addresses._written(numbers, torch.device("cpu")).tolist() == list(numbers)
+
+
+def test_a_table_made_on_one_stream_is_waited_for_on_another(monkeypatch):
+    monkeypatch.setattr(addresses, "_TABLES", {})
+    waited = []
+    with fake_cuda(monkeypatch) as gpu:
+        addresses.table([5, 6], torch.device(DEVICE))
+        monkeypatch.setattr(FakeTensor, "record_stream", lambda x, stream: waited.append("kept"))
+        addresses.table([5, 6], torch.device(DEVICE))
+        assert not waited
+        gpu.stream = SimpleNamespace(cuda_stream=2, wait_event=lambda event: waited.append("waits"))
+        addresses.table([5, 6], torch.device(DEVICE))
+    assert waited == ["waits", "kept"]
+
+
+def test_a_loop_is_recorded_on_the_device_of_its_state(monkeypatch):
+    """CUDA graphs and their streams are of the current device."""
+    current = []
+
+    class Recorder:
+        def record(self, body):
+            current.append(gpu.current)
+            return body
+
+    with fake_cuda(monkeypatch) as gpu:
+        block = LoopedBlock(nn.Linear(4, 4, device=DEVICE), 2, dim=4)
+        monkeypatch.setattr(graph, "RandomStates", lambda devices: SimpleNamespace(equals=lambda other: True))
+        GraphedLoops(block, Recorder())(torch.empty(3, 4, device=DEVICE))
+    assert current == [0]
+
+
+def test_shampoo_refuses_to_be_captured(monkeypatch):
+    parameter = nn.Parameter(torch.ones(4, 3))
+    optimizer = Shampoo([parameter], lr=0.1)
+    parameter.grad = torch.ones_like(parameter)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="step must not be captured in a CUDA graph"):
+        optimizer.step()
+    assert torch.equal(parameter, torch.ones(4, 3))
 
 
 @pytest.mark.gpu
@@ -124,3 +207,34 @@ def test_a_second_device_gives_the_same_bits(name):
     first, second = ([x.cpu() for x in CALLS[name].run(Make(f"cuda:{i}"), "auto")] for i in range(2))
     assert torch.cuda.current_device() == 0
     assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(first, second))
+
+
+@pytest.mark.gpu
+def test_a_captured_step_of_lora_rite():
+    """With the gradients where they were in the step before; the rate is a tensor, changed between replays."""
+    assert native.load("_C_cuda") is None
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 8)).cuda() for _ in range(2)]
+    for model in models:
+        inject_lora(model, ["0", "2"], rank=8)
+    models[1].load_state_dict(models[0].state_dict())
+    rates = [torch.tensor(0.01, device="cuda") for _ in models]
+    optimizers = [LoRARite(model, lr=rate) for model, rate in zip(models, rates)]
+    trained = [[p for p in model.parameters() if p.requires_grad] for model in models]
+    for a, b in zip(*trained):
+        a.grad = torch.randn_like(a)
+        b.grad = a.grad.clone()
+    for optimizer in optimizers:
+        optimizer.step()
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recorded):
+        optimizers[1].step()
+    for step in range(3):
+        for a, b in zip(*trained):
+            a.grad.normal_()
+            b.grad.copy_(a.grad)
+        for rate in rates:
+            rate.fill_(0.01 / (step + 1))
+        optimizers[0].step()
+        recorded.replay()
+        assert all(torch.equal(a, b) for a, b in zip(*trained))

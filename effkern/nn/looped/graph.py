@@ -58,7 +58,7 @@ class GraphedLoops(nn.Module):
     Called like the block, in its mode "recompute" (exact; L S + k M bytes). Records at the first call for each shape,
     dtype, autocast state and structure of the arguments, for what trains and what is frozen, and for train() and
     eval() of every module; keep those few. Parameters are read where they were at that call: an optimizer that works in
-    place suits, moving the module does not.
+    place suits, moving the module does not. Calls share the buffers of a recording: from one thread, on one stream.
 
     Args:
         block: in mode "recompute", without loop_argument and without a sampler's with_gradient; its core draws no

@@ -18,7 +18,6 @@ def _fake_advise(x: Tensor) -> None:
     return None
 
 
-
 # Huge pages that a tensor covers whole are what counts.
 LEAST_BYTES = 8 << 20
 
