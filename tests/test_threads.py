@@ -115,7 +115,7 @@ def test_a_module_shared_by_threads(name):
         return [y.detach(), *torch.autograd.grad(y.square().sum(), trained, allow_unused=False)]
 
     expected = [job(seed) for seed in range(THREADS)]
-    for _ in range(ROUNDS):
+    for _ in range(4 * ROUNDS):
         for found, truth in zip(at_once([lambda s=s: job(s) for s in range(THREADS)]), expected):
             assert_same(found, truth)
 

@@ -4,8 +4,14 @@ Shapes, dtypes and devices are torch's own (FakeTensorMode). A read of a value r
 launch are written down, and the current device is a number that the code under test has to set.
 """
 
+import ctypes
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,8 +82,30 @@ class FakeCuda:
             yield
 
 
+GUARD = """
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>)
+"""
+
+
+@cache
+def _register_guard() -> None:
+    """torch's own guard that does nothing, for indexing and the like: a torch without CUDA has none."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder) / "guard.cpp", Path(folder) / "guard.so"
+        source.write_text(GUARD)
+        home = Path(torch.__file__).parent
+        options = ["-std=c++20", "-O0", "-shared", "-fPIC", f"-I{home / 'include'}", f"-L{home / 'lib'}", "-lc10"]
+        compiler = shutil.which("c++") or pytest.skip("needs a C++ compiler")
+        subprocess.run([compiler, str(source), "-o", str(library), *options], check=True)
+        ctypes.CDLL(str(library))
+
+
 @contextmanager
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
-    """Without autograd, whose nodes ask a torch that has no CUDA for its streams."""
+    """Without autograd, whose threads are one for each GPU that there was at its start."""
+    if torch.version.cuda is not None:
+        pytest.skip("is for a torch without CUDA")
+    _register_guard()
     with FakeTensorMode(), torch.no_grad():
         yield FakeCuda(monkeypatch)

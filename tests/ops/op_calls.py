@@ -113,35 +113,41 @@ def distill(make: Make, impl: str, teacher: str, dtype: torch.dtype = torch.floa
     return [result.stats.lse, *_grads([result.loss], [hidden, weight, bias])]
 
 
-def laurel(make: Make, impl: str, dtype: torch.dtype = torch.float32, scalars: bool = True) -> list[Tensor]:
-    shape, rank = (make.rows(7), 24), 3
-    branch, x, e = (make.normal(*shape, dtype=dtype, grad=True) for _ in range(3))
-    down, up = make.normal(24, 2 * rank, grad=True), make.normal(rank, 24, grad=True)
-    weights = make.normal(2, grad=True)
-    norm_weight = make.normal(24, grad=True)
-    if not scalars:
-        out = effkern.laurel_residual(branch, x, down=down, up=up, impl=impl)
-        return _grads([out.y, out.ahead], [branch, x, down, up])
+def laurel(make: Make, impl: str) -> list[Tensor]:
+    rows, dim, rank = make.rows(7), 24, 3
+    branch, x, e = (make.normal(rows, dim, grad=True) for _ in range(3))
+    down, up = make.normal(dim, 2 * rank, grad=True), make.normal(rank, dim, grad=True)
+    weights, norm_weight = make.normal(2, grad=True), make.normal(dim, grad=True)
     out = effkern.laurel_residual(
         branch, x, weights=weights, down=down, up=up, addends=[e], norm_weight=norm_weight, impl=impl, save_branch=False
     )
     return _grads([out.y, out.normed, out.ahead], [branch, x, weights, down, up, e, norm_weight])
 
 
-def loop_step(make: Make, impl: str, normed: bool) -> list[Tensor]:
+def low_rank(make: Make, impl: str) -> list[Tensor]:
+    branch, x = (make.normal(make.rows(7), 24, grad=True) for _ in range(2))
+    down, up = make.normal(24, 6, grad=True), make.normal(3, 24, grad=True)
+    out = effkern.laurel_residual(branch, x, down=down, up=up, impl=impl)
+    return _grads([out.y, out.ahead], [branch, x, down, up])
+
+
+def loop_step(make: Make, impl: str) -> list[Tensor]:
     f, h, e = (make.normal(make.rows(7), 24, grad=True) for _ in range(3))
-    alpha, beta, scale = make.normal(24, grad=True), make.normal(1, grad=True), make.normal((), grad=True)
+    alpha, embedding = make.normal(24, grad=True), make.normal(24, grad=True)
+    out = effkern.loop_step(f, h, e, alpha=alpha, beta=0.5, embedding=embedding, impl=impl, return_change=True)
+    return _grads([out.state, out.core_input], [f, h, e, alpha, embedding])
+
+
+def normed_loop_step(make: Make, impl: str) -> list[Tensor]:
+    f, h, e = (make.normal(make.rows(7), 24, grad=True) for _ in range(3))
+    alpha, beta, scale = make.normal(24, grad=True), make.normal(1, grad=True), make.normal(1, grad=True)
     down, up = make.normal(24, 3, grad=True), make.normal(3, 24, grad=True)
     weight, embedding = make.normal(24, grad=True), make.normal(24, grad=True)
-    if not normed:
-        out = effkern.loop_step(f, h, e, alpha=alpha, beta=0.5, embedding=embedding, impl=impl, return_change=True)
-        return _grads([out.state, out.core_input], [f, h, e, alpha, embedding])
     out = effkern.loop_step(
         f, h, e, alpha=alpha, beta=beta, low_rank=(down, up), norm_weight=weight, state_scale=scale, input_scale=0.3,
         embedding=embedding, save_branch=True, impl=impl,
     )  # fmt: skip
-    inputs = [f, h, e, alpha, beta, down, up, weight, scale, embedding]
-    return _grads([out.state, out.core_input], inputs)
+    return _grads([out.state, out.core_input], [f, h, e, alpha, beta, down, up, weight, scale, embedding])
 
 
 def loop_similarity(make: Make, impl: str) -> list[Tensor]:
@@ -189,11 +195,13 @@ def scores(make: Make, impl: str) -> list[Tensor]:
 
 
 def soft_labels(make: Make, impl: str) -> list[Tensor]:
-    rows, vocab = make.rows(9), 37
-    found = effkern.soft_labels(
-        make.normal(rows, 6), make.normal(vocab, 6), method="stratified", k=2, draws=5, seed=3, impl=impl
-    )
-    return [*found, *soft_labels_from_logits(make.normal(rows, vocab), method="topk", k=3, impl=impl)]
+    hidden, weight = make.normal(make.rows(9), 6), make.normal(37, 6)
+    return [*effkern.soft_labels(hidden, weight, method="stratified", k=2, draws=5, seed=3, impl=impl)]
+
+
+def soft_labels_of_logits(make: Make, impl: str) -> list[Tensor]:
+    logits, positions = make.normal(make.rows(9), 37), make.whole(1000, make.rows(9))
+    return [*soft_labels_from_logits(logits, method="topk", k=3, positions=positions, impl=impl)]
 
 
 def roots(make: Make, impl: str, method: str) -> list[Tensor]:
@@ -251,9 +259,9 @@ CALLS: dict[str, OpCall] = {
         lambda make, impl: distill(make, impl, "logits", reduction="none"), _PLAIN
     ),
     "laurel_residual": OpCall(laurel, _ALL),
-    "laurel_residual, low rank alone": OpCall(lambda make, impl: laurel(make, impl, scalars=False), _PLAIN),
-    "loop_step": OpCall(lambda make, impl: loop_step(make, impl, False), _ALL),
-    "loop_step, normed": OpCall(lambda make, impl: loop_step(make, impl, True), _ALL),
+    "laurel_residual, low rank alone": OpCall(low_rank, _PLAIN),
+    "loop_step": OpCall(loop_step, _ALL),
+    "loop_step, normed": OpCall(normed_loop_step, _ALL),
     "loop_similarity": OpCall(loop_similarity, _ALL),
     "looped_linear_attention": OpCall(lambda make, impl: looped_attention(make, impl, "factors"), _ALL),
     "looped_linear_attention, primal": OpCall(lambda make, impl: looped_attention(make, impl, "primal"), _PLAIN),
@@ -262,6 +270,7 @@ CALLS: dict[str, OpCall] = {
     "kmeans": OpCall(kmeans, _ALL),
     "token_stats": OpCall(scores, _ALL),
     "soft_labels": OpCall(soft_labels, _PLAIN),
+    "soft_labels, of logits": OpCall(soft_labels_of_logits, _PLAIN),
     "inverse_root, eigh": OpCall(lambda make, impl: roots(make, impl, "eigh"), _PLAIN),
     "inverse_root, rational": OpCall(lambda make, impl: roots(make, impl, "rational"), _PLAIN),
     "inverse_root, polar_express": OpCall(

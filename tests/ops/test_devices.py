@@ -33,10 +33,9 @@ WRITTEN_IN_PYTHON = [
     "mean_pool_triton", "norm_mean_pool_triton", "kmeans_assign", "token_stats", "soft_labels",
     "shampoo_triton_gram_ema_", "shampoo_triton_inverse_root_", "shampoo_triton_apply_",
 ]  # fmt: skip
-TENSORS = {name: len(make.kept) for name, make in ((name, Make()) for name in CALLS) if CALLS[name].run(make, "auto")}
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [name for name in CALLS if "jacobi" not in name])
 def test_on_a_gpu_no_value_is_read_and_launches_are_on_the_tensors_device(name, monkeypatch):
     with fake_cuda(monkeypatch) as gpu:
         make = Make(DEVICE)
@@ -47,8 +46,11 @@ def test_on_a_gpu_no_value_is_read_and_launches_are_on_the_tensors_device(name, 
     assert all(str(x.device) == DEVICE for x in (*first, *again))
     assert {device for _, device in gpu.launches} <= {0}
     assert gpu.current == ELSEWHERE
-    print("LAUNCH", name, sorted({n for n, _ in gpu.launches}), gpu.copies)
     assert bool(gpu.copies) == (name in COPIES), gpu.copies
+
+
+def on_gpu(x: object) -> object:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE) if isinstance(x, Tensor) else x
 
 
 @pytest.mark.parametrize("name", WRITTEN_IN_PYTHON)
@@ -58,30 +60,27 @@ def test_kernels_in_python_read_no_value_on_a_gpu(name, monkeypatch):
     samples = operator_samples()[name]
     with fake_cuda(monkeypatch) as gpu:
         for sample in samples:
-            args = tree_map(
-                lambda x: (
-                    torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE)
-                    if isinstance(x, Tensor)
-                    else x
-                ),
-                sample,
-            )
+            args = tree_map(on_gpu, sample)
             args = tuple(impl if isinstance(x, str) and x == "cpp" else x for x in args)
             with gpu.running():
                 out = getattr(torch.ops.effkern, name)(*args)
             assert all(str(x.device) == DEVICE for x in tree_leaves(out) if isinstance(x, Tensor))
         assert {device for _, device in gpu.launches} <= {0}
-        print("OPLAUNCH", name, sorted({n for n, _ in gpu.launches}), gpu.copies)
+        # Every one but the drivers of products and the library's operations around them.
+        assert gpu.launches or name in ("soft_labels", "token_stats")
+        assert bool(gpu.copies) == name.startswith("loop_similarity"), gpu.copies
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [name for name in CALLS if "batched_eigh" not in name])
 def test_tensors_of_two_devices_are_refused(name):
     """Each tensor in turn is on another device than the rest."""
-    for odd in range(TENSORS[name]):
-        make = Make(odd=odd)
-        with pytest.raises(Exception) as e:
-            CALLS[name].run(make, "auto")
-        print("ODD", name, odd, type(e.value).__name__, str(e.value)[:150])
+    whole = Make()
+    CALLS[name].run(whole, "auto")
+    places = [i for i, x in enumerate(whole.kept) if isinstance(x, Tensor)]
+    assert len(places) > 1
+    for odd in places:
+        with pytest.raises(ValueError, match=r"must be on (cpu|meta).*, got (cpu|meta)"):
+            CALLS[name].run(Make(odd=odd), "auto")
 
 
 def test_tables_of_addresses_in_a_capture(monkeypatch):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
 
+from effkern import native
 from effkern.ops import registry
 
 _library = torch.library.Library("effkern", "FRAGMENT")
@@ -91,5 +92,6 @@ def _cpp() -> registry.Implementation:
     return registry.Implementation(compiled.name, unavailable)
 
 
+native.load_on_first_call(_library, *(f"shampoo_{name}" for name in _SCHEMAS))
 for _name in ("shampoo_gram_ema_", "shampoo_inverse_root", "shampoo_apply_"):
     registry.register(_name, _cpp(), registry.triton(), registry.reference())
