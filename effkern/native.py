@@ -17,6 +17,9 @@ from torch.utils._pytree import tree_leaves
 CPU_CLONES = ("x86-64-v4", "x86-64-v3", "default")
 CUDA_ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
 
+# Operators without a kernel in Python.
+COMPILED: set[str] = set()
+
 _library = torch.library.Library("effkern", "FRAGMENT")
 _library.define("cpu_clone() -> int")
 
@@ -39,6 +42,7 @@ def load_on_first_call(library: torch.library.Library, *names: str) -> None:
     """Let operators that compiled modules implement load theirs: a program of torch.export calls nothing else of us."""
     for name in names:
         library.impl(name, partial(_first_call, name), "CompositeExplicitAutograd")
+        COMPILED.add(name)
 
 
 def _first_call(name: str, *arguments: Any) -> Any:

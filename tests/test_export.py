@@ -280,6 +280,12 @@ def test_a_program_needs_the_package_where_it_runs(tmp_path):
         assert "loop_step_fwd" in done.stderr
 
 
+def test_an_operator_whose_module_is_missing_says_so(monkeypatch):
+    monkeypatch.setattr(native, "load", lambda module: f"effkern.{module} was not built")
+    with pytest.raises(NotImplementedError, match=r"effkern::mean_pool cannot run on cpu: effkern\._C was not built"):
+        native._first_call("mean_pool", torch.ones(3, 2))
+
+
 def test_a_program_of_the_reference_needs_torch_alone(tmp_path):
     """impl="reference" of the ops that have a form in plain PyTorch."""
     module = Fn(lambda f, h, e, w: tuple(effkern.loop_step(f, h, e, alpha=0.5, norm_weight=w, impl="reference")[:2]))

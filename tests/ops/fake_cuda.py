@@ -22,6 +22,8 @@ from torch._C import DispatchKey
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from effkern import native
+from effkern.ops import addresses
 from tests.ops.inside import InsideOps
 
 # Where tensors are, and what the process happens to be at.
@@ -49,6 +51,11 @@ class FakeCuda:
             "Event": lambda *args: SimpleNamespace(record=lambda stream=None: None, query=lambda: True),
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(native, "load", lambda module: None)
+        # What is kept between calls is of this mode alone.
+        monkeypatch.setattr(addresses, "_TABLES", {})
+        monkeypatch.setattr(addresses, "_CAPTURED", {})
+        monkeypatch.setattr(pytest.importorskip("effkern.ops.lora_rite.triton"), "_PLANS", {})
         interpreter = pytest.importorskip("triton.runtime.interpreter")
         monkeypatch.setattr(
             interpreter.InterpretedFunction, "run", lambda *args, **kwargs: self._launch(*args, **kwargs)

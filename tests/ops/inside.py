@@ -7,6 +7,8 @@ import torch
 from torch._C import DispatchKey, DispatchKeySet
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from effkern import native
+
 Seen = Callable[[torch._ops.OpOverload, tuple, dict], None]
 
 
@@ -32,7 +34,7 @@ class InsideOps(TorchDispatchMode):
 
     def _is_ours(self, func: Any, args: Any) -> bool:
         """Triton's kernels call no operators of ours, and its interpreter is slow under a mode."""
-        if func.namespace != "effkern":
+        if func.namespace != "effkern" or func.name().removeprefix("effkern::") in native.COMPILED:
             return False
         if self.key == DispatchKey.CPU and (
             "triton" in func.name() or any(x == "triton" for x in args if isinstance(x, str))
