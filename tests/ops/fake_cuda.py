@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from effkern import native
 from effkern.ops import addresses
+from effkern.ops.distill import ceilings, chunked, driver
 from tests.ops.inside import InsideOps
 
 # Where tensors are, and what the process happens to be at.
@@ -114,5 +115,9 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     if torch.version.cuda is not None:
         pytest.skip("is for a torch without CUDA")
     _register_guard()
-    with FakeTensorMode(), torch.no_grad():
-        yield FakeCuda(monkeypatch)
+    try:
+        with FakeTensorMode(), torch.no_grad():
+            yield FakeCuda(monkeypatch)
+    finally:
+        for known_of_the_device in (ceilings.of_device, chunked._cuda_chunk_bytes, driver._plan):
+            known_of_the_device.cache_clear()
