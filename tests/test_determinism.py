@@ -23,7 +23,11 @@ def bits(name: str, impl: str, extra: int = 0) -> list[Tensor]:
     return [x.nan_to_num(7.0) for x in CALLS[name].run(Make(extra=extra), impl)]
 
 
-@pytest.mark.parametrize(("name", "impl"), CASES, ids=IDS)
+# Triton's interpreter takes its time.
+EVERY = [pytest.param(*case, id=i, marks=[pytest.mark.slow] * (case[1] == "triton")) for case, i in zip(CASES, IDS)]
+
+
+@pytest.mark.parametrize(("name", "impl"), EVERY)
 def test_the_same_bits_again(name, impl):
     assert all(map(torch.equal, bits(name, impl), bits(name, impl)))
 

@@ -219,6 +219,7 @@ def test_program_runs_as_eager_does(name):
             assert_equal(loaded(*given), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["laurel", "LoopedBlock", "mean_pool"])
 def test_strict_export(name):
     case = CASES[name]
