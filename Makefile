@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 TORCH  ?= torch==2.13.0
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test lint bench wheel triton-sanitizer clean
+.PHONY: install demo test lint bench triton-sanitizer clean
 
 install: $(VENV)/.installed
 
@@ -32,6 +32,7 @@ bench: install
 	$(BIN)/python -m benchmarks report runs/bench/suite.jsonl --out runs/bench
 
 # Into dist: the sdist; wheels for this Python, for every Python (no _data), and for every machine (nothing compiled).
+.PHONY: wheel
 wheel: install
 	$(BIN)/pip install -q build
 	rm -rf build/lib build/lib.*
