@@ -35,6 +35,16 @@ bench: install
 	$(BIN)/python -m benchmarks run --json runs/bench/suite.jsonl
 	$(BIN)/python -m benchmarks report runs/bench/suite.jsonl --out runs/bench
 
+# Into dist: the sdist; wheels for this Python, for every Python (no _data), and for every machine (nothing compiled).
+.PHONY: wheel
+wheel: install
+	$(BIN)/pip install -q build
+	rm -rf build/lib build/lib.*
+	$(BIN)/python -m build --sdist --no-isolation
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --wheel --no-isolation
+	PATH="$(CURDIR)/$(BIN):$$PATH" EFFKERN_ABI3=1 $(BIN)/python -m build --wheel --no-isolation
+	EFFKERN_PURE=1 $(BIN)/python -m build --wheel --no-isolation
+
 # Runs the Triton kernels on the CPU and stops at accesses out of bounds and races. The tool's metadata ask for a newer
 # Python than it needs. Half-precision products exist on a GPU only.
 triton-sanitizer: install

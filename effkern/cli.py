@@ -150,15 +150,15 @@ def data_stats(path: Path, json: bool = False) -> int:
     return 0
 
 
-def doctor(json: bool = False) -> int:
-    """What was built, and what each op will use on this machine.
+def doctor(arguments: Sequence[str]) -> int:
+    """What was built, and what each op will use on this machine. Needs no extra, as it helps where one is missing."""
+    from argparse import ArgumentParser
 
-    Args:
-        json: print JSON.
-    """
     from effkern.cli_doctor import main as report
 
-    return report(json)
+    parser = ArgumentParser(prog="effkern doctor", description="What was built, what each op uses here, and why.")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return report(parser.parse_args(arguments).json)
 
 
 def bench(arguments: Sequence[str]) -> int:
@@ -254,7 +254,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "ablate": ("train a grid of features over seeds at equal tokens; one table, one plot", ablate),
     "runs": ("list, show, compare and plot the runs below a folder", runs),
     "data": ("build, stats, soft-labels; dedup, embed, score, cluster, select, mix, report: choose the text", data),
-    "doctor": ("what was built, and what each op uses here: --json", _tyro(doctor, "doctor")),
+    "doctor": ("what was built, and what each op uses here: --json", doctor),
     "bench": ("benchmarks of a source checkout: run, check, compare, report, OP --explain ...", bench),
 }
 
@@ -292,7 +292,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("EFFKERN_DEBUG") == "1" or not _is_expected(error):
             raise
-        print(f"effkern {name}: error: {error}", file=sys.stderr)
+        from effkern.extras import advice
+
+        print(f"effkern {name}: error: {advice(error) or error}", file=sys.stderr)
         return 1
 
 

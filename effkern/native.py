@@ -8,10 +8,15 @@ import os
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
+
+# Requirements are not checked where torch was put in later, or `pip install --no-deps` used.
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
+    raise ImportError(f"effkern needs torch >= 2.11, got {torch.__version__}: pip install --upgrade torch")
 
 # In the order of the numbers that csrc/cpu/clones.cpp reports.
 CPU_CLONES = ("x86-64-v4", "x86-64-v3", "default")
@@ -28,7 +33,9 @@ _library.define("cpu_clone() -> int")
 def load(module: str) -> str | None:
     """Import `effkern.<module>`; None if that works, else the reason why it does not, as one sentence."""
     if find_spec(f"effkern.{module}") is None:
-        return f"effkern.{module} was not built"
+        # _data is of one version of Python each.
+        others = sorted(path.name for path in Path(__file__).parent.glob(f"{module}.*so"))
+        return f"effkern.{module} was not built" + (f" for this Python, only as {', '.join(others)}" if others else "")
     if module == "_C_cuda" and torch.version.cuda is None:
         return "this torch has no CUDA"
     try:
