@@ -2,7 +2,7 @@
 
 Documents of the repository that are pages here are found by MAPPED; other files come as downloads; what is neither, a
 folder for example, keeps its words and loses the link. A page may hold one of those documents: an `include` of a file
-outside is replaced by its text, with links as seen from the page. Patterns of a toctree that fit no page are left out.
+outside is replaced by its text, with links as seen from the page.
 """
 
 import os
@@ -16,7 +16,6 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 MAPPED = {"benchmarks/RESULTS.md": "results.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
-PATTERN = re.compile(r"^[\w/-]*\*[\w/-]*\n", flags=re.MULTILINE)
 INCLUDE = re.compile(r"^```\{include\} (\.\./\S+)\n```$", flags=re.MULTILINE)
 
 
@@ -46,10 +45,7 @@ def read(app: Sphinx, docname: str, source: list[str]) -> None:
         app.env.note_dependency(str(path))
         return linked(path.read_text(), path.parent, page)
 
-    def pages(match: re.Match[str]) -> str:
-        return match[0] if any(page.glob(f"{match[0].strip()}.md")) else ""
-
-    source[0] = PATTERN.sub(pages, linked(INCLUDE.sub(include, source[0]), page, page))
+    source[0] = linked(INCLUDE.sub(include, source[0]), page, page)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
