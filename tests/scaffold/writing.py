@@ -1,11 +1,16 @@
 """From template/ to the files of one op."""
 
+import builtins
+import io
 import keyword
 import os
 import re
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
+
+from benchmarks.__main__ import COMMANDS
 
 TEMPLATE = Path(__file__).parent / "template"
 PLACEHOLDER = "op_name"
@@ -65,11 +70,27 @@ def _check_name(name: str) -> None:
         raise Refusal(f"NAME must be lower-case words joined by underscores, and no keyword, got {name!r}")
     if len(name) > 40 or name == PLACEHOLDER:
         raise Refusal(f"NAME must have at most 40 letters and not be the placeholder {PLACEHOLDER!r}, got {name!r}")
+    if name in _words() or hasattr(builtins, name):
+        raise Refusal(f"NAME must be no name that the new files use for something else, got {name!r}")
+    if name in COMMANDS:
+        raise Refusal(f"NAME must be no command of python -m benchmarks, got {name!r}")
+
+
+def _words() -> set[str]:
+    """Names in the template's code, Python and C++: an op of such a name would hide what it needs, as torch would."""
+    found = set()
+    for path in _template_files():
+        if path.suffix == ".py":
+            tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
+            found |= {token.string for token in tokens if token.type == tokenize.NAME}
+        elif path.suffix == ".cpp":
+            found |= set(re.findall(r"\b[a-z]\w*", re.sub(r'//.*|"[^"\n]*"', "", path.read_text())))
+    return found
 
 
 def _check_free(name: str, root: Path, new: list[Path]) -> None:
     """Neither a file nor a module nor an exported name nor an operator of this name."""
-    taken = [root / "effkern" / "ops" / name, root / "effkern" / name, root / "effkern" / f"{name}.py"]
+    taken = [at / end for at in (root / "effkern" / "ops", root / "effkern") for end in (name, f"{name}.py")]
     for path in [*taken, *(root / path for path in new)]:
         if path.exists():
             raise Refusal(f"NAME must be free, got {name!r}: {path.relative_to(root)} exists")
