@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from benchmarks import lines
@@ -165,7 +166,7 @@ SOLVERS = {
     "auto": "effkern, auto", "jacobi": "effkern, Jacobi", "lapack": "effkern, LAPACK", "torch": "torch.linalg.eigh",
 }  # fmt: skip
 
-# Page of the op: its charts, each a choice of sources in order.
+# Page of the op: its charts, each a choice of sources in order. Pages that are not here have the ordinary two.
 CHARTS: dict[str, tuple[tuple[Source | Table | Growth | Formula, ...], ...]] = {
     "linear_distill_loss": (
         (
@@ -320,9 +321,11 @@ def committed() -> tuple[lines.Record, ...]:
 
 def charts(op: str) -> list[Bars | Curve]:
     """Of an op, as far as its figures are among the committed ones."""
-    if op not in CHARTS:
-        raise ValueError(f"op must be one of {', '.join(CHARTS)}, got {op!r}")
-    return [chart for choice in CHARTS[op] if (chart := first(choice)) is not None]
+    pages = sorted(path.stem for path in (Path(__file__).parent / "ops").glob("*.md"))
+    if op not in pages:
+        raise ValueError(f"op must be one of {', '.join(pages)}, got {op!r}")
+    ordinary = ((Source(op, where={"pass": "both"}),), (memory(op, **{"pass": "both"}),))
+    return [chart for choice in CHARTS.get(op, ordinary) if (chart := first(choice)) is not None]
 
 
 def first(choice: tuple[Source | Table | Growth | Formula, ...]) -> Bars | Curve | None:

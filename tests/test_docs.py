@@ -73,7 +73,7 @@ def test_every_public_name_is_documented_once():
     assert sorted(name for name in found if found.count(name) > 1) == []
 
 
-@pytest.mark.parametrize("page", OPS, ids=name_of)
+@pytest.mark.parametrize("page", [*OPS, ROOT / "tests/scaffold/template/docs/ops/op_name.md"], ids=name_of)
 def test_a_page_of_an_op_has_all_its_parts(page):
     text = page.read_text()
     headings = re.findall(r"^## (.+)$", text, flags=re.MULTILINE)
@@ -88,14 +88,27 @@ def test_charts_of_the_committed_results(monkeypatch):
     monkeypatch.syspath_prepend(DOCS)
     import charts
 
-    assert sorted(charts.CHARTS) == [page.stem for page in OPS]
-    for op in charts.CHARTS:
+    assert set(charts.CHARTS) <= {page.stem for page in OPS}
+    for op in [page.stem for page in OPS]:
         for chart in charts.charts(op):
             points = chart.values.values() if isinstance(chart, charts.Bars) else [y for _, y in chart.points]
             assert not isinstance(chart, charts.Bars) or chart.own
             assert all(0 < value < float("inf") for value in points), (op, chart)
     with pytest.raises(ValueError, match=r"op must be one of .*, got 'nothing'"):
         charts.charts("nothing")
+
+
+def test_a_page_without_charts_of_its_own_has_the_ordinary_two(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    import charts
+
+    monkeypatch.setattr(charts, "CHARTS", {})
+    case = {"pass": "both", "rows": 8}
+    line = {"benchmark": "loop_step", "case": case, "threads": 1, "processor": "a", "cores": 1}
+    timed = [{**line, "variant": name, "wall": wall} for name, wall in (("effkern", 1e-3), ("eager", 2e-3))]
+    monkeypatch.setattr(charts, "committed", lambda: tuple(timed))
+    (time,) = charts.charts("loop_step")
+    assert (time.values, time.own, time.unit) == ({"effkern": 1.0, "eager": 2.0}, ("effkern",), "ms")
 
 
 def commands() -> list[tuple[str, str]]:
