@@ -79,14 +79,17 @@ struct SymmetricKL : Divergence {
 
 // m = share p + rest q, share + rest = 1.
 EFFKERN_INLINE void mix(Entry& e, float share, float rest) {
-  // log(q / m) = -log(1 + share (p / q - 1)), from the larger of the two, so that the ratio is at most 1.
+  // log(q / m) = -log(1 + share (p / q - 1)), or the same for p, from the term that makes up most of m.
   const float gap = e.log_p - e.log_q;
-  const bool p_wins = gap > 0.0f;
-  const float far = std::fabs(gap);
-  const float larger = select(p_wins, e.p, e.q), smaller = select(p_wins, e.q, e.p);
-  const float ratio = smaller / (larger < FLT_MIN ? FLT_MIN : larger);
-  const float less = select(far < 0.5f, excess_series(far) - far, ratio - 1.0f);
-  const float above = fast_log1p(select(p_wins, rest, share) * less);
+  const bool p_wins = share * e.p > rest * e.q;
+  const float winner = select(p_wins, e.p, e.q), other = select(p_wins, e.q, e.p), away = select(p_wins, gap, -gap);
+  const float ratio = other / (winner < FLT_MIN ? FLT_MIN : winner);
+  const float less = select(std::fabs(away) < 0.5f, excess_series(away) - away, ratio - 1.0f);
+  const float of_other = select(p_wins, rest, share), of_winner = select(p_wins, share, rest);
+  // With what rounding takes from 1 + x; far below 1 a sum of two positive terms, as a tiny share would be lost there.
+  const float x = of_other * less, sum = 1.0f + x;
+  const bool near = !(x < -0.5f);
+  const float above = fast_log(select(near, sum, of_winner + of_other * ratio), select(near, x - (sum - 1.0f), 0.0f));
   e.m = share * e.p + rest * e.q;
   e.p_over_m = select(p_wins, 0.0f, gap) - above;
   e.q_over_m = select(p_wins, -gap, 0.0f) - above;

@@ -53,13 +53,10 @@ EFFKERN_INLINE float fast_exp(float x) {
   return x < low ? 0.0f : p * scale + scale;
 }
 
-// log(1 + x) for x in [-1, 0], relative error below 4e-7; -inf for -1, NaN for NaN.
-// 1 + x = 2^n (1 + f), 1 + f in [sqrt(1/2), sqrt(2)); log(1 + f) = f - f^2 / 2 + f^3 P(f), P fitted to 6e-9.
-EFFKERN_INLINE float fast_log1p(float x) {
+// log(sum + lost) for sum in [0, 2] and a `lost` of its rounding, relative error below 4e-7; -inf for 0, NaN for NaN.
+// sum + lost = 2^n (1 + f), 1 + f in [sqrt(1/2), sqrt(2)); log(1 + f) = f - f^2 / 2 + f^3 P(f), P fitted to 6e-9.
+EFFKERN_INLINE float fast_log(float sum, float lost) {
   const int32_t root_half = 0x3f3504f3;
-  const float sum = 1.0f + x;
-  // What rounding has taken from the sum.
-  const float lost = x - (sum - 1.0f);
   const int32_t n = (float_to_bits(sum) - root_half) >> 23;
   // 2^-n; both products are exact, and so is the difference.
   const float scale = bits_to_float(static_cast<int32_t>(0x3f800000u - (static_cast<uint32_t>(n) << 23)));

@@ -53,7 +53,7 @@ EFFKERN_INLINE void add_narrow(const T* table, int64_t stride, const int64_t* ro
 template <typename T>
 EFFKERN_INLINE void sum_table_rows(const T* table, int64_t stride, int64_t dim, const int64_t* rows, int64_t count,
                                    float* sums) {
-  constexpr int kWide = 2 * kLanes;
+  constexpr int kWide = (sizeof(T) == 2 ? 8 : 4) * kLanes;
   int64_t column = 0;
   for (; column + kWide <= dim; column += kWide)
     for (int64_t i = 0; i < count; i += kStripRows)

@@ -121,15 +121,39 @@ def test_normalised_jsd_near_its_ends(beta):
     assert rel_err(ours[1], truth[1]) < 1e-3
 
 
-def rows_of(z, u, options, ids=None, logprobs=None):
-    """(statistics, gradient) of the reference in float64 and of the C++ rows."""
+@pytest.mark.parametrize("impl", ["reference", "cpp"])
+@pytest.mark.parametrize("share", [1e-6, 1e-8, 1e-10])
+@pytest.mark.parametrize("name", ["jsd", "skew_forward_kl", "skew_reverse_kl"])
+def test_tiny_share_of_a_mixture(name, share, impl):
+    """Where one model is sure and the other is not, log(m) is that of the share, which 1 would swallow."""
+    z, u = torch.randn(4, 500), torch.randn(4, 500) * 12
+    for o in (RowOptions(name, alpha=share, beta=share), RowOptions(name, alpha=share, beta=1 - share)):
+        stats, grad = rows_of(z, u, o)[0]
+        x, y = torch.log_softmax(u.double(), -1), torch.log_softmax(z.double(), -1)
+        alpha, beta = (torch.tensor(v, dtype=torch.float64).log() for v in (o.alpha, o.beta))
+        rest_alpha, rest_beta = torch.tensor([1 - o.alpha, 1 - o.beta], dtype=torch.float64).log()
+        if name == "jsd":
+            m = torch.logaddexp(beta + x, rest_beta + y)
+            value = o.beta * x.exp() * (x - m) + (1 - o.beta) * y.exp() * (y - m)
+        elif name == "skew_forward_kl":
+            value = x.exp() * (x - torch.logaddexp(alpha + x, rest_alpha + y))
+        else:
+            value = y.exp() * (y - torch.logaddexp(rest_alpha + x, alpha + y))
+        assert rel_err(stats[2], value.sum(-1)) < 1e-5
+        ours = rows_of(z, u, o, impl=impl)[1]
+        assert rel_err(ours[0][2], stats[2]) < 1e-5
+        assert rel_err(ours[1], grad) < 1e-5
+
+
+def rows_of(z, u, options, ids=None, logprobs=None, impl="cpp"):
+    """(statistics, gradient) of the reference in float64 and of the C++ rows, or of the reference in float32."""
     labels, ones = torch.zeros(z.shape[0], dtype=torch.int64), torch.ones(z.shape[0])
     found = []
     for wide in (True, False):
         cast = (lambda x: None if x is None else x.double()) if wide else (lambda x: None if x is None else x.clone())
         stats = torch.zeros(13, z.shape[0], dtype=torch.float64 if wide else torch.float32)
         rows = Rows(cast(z), cast(u), ids, cast(logprobs), None, labels, cast(ones), cast(ones), stats)
-        run = reference.reference_rows if wide else cpp_rows
+        run = cpp_rows if impl == "cpp" and not wide else reference.reference_rows
         grad = run(rows, stats.dtype, options)
         found.append((stats, grad))
     return found

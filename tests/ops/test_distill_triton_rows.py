@@ -212,6 +212,11 @@ def test_small_divergence_keeps_its_digits(name, streaming):
     assert ((stats[2].double() - truth[2]).abs() < 1e-3 * truth[2]).all()
 
 
+@pytest.mark.parametrize("beta", [1e-8, 1 - 1e-8])
+def test_tiny_share_of_a_mixture(beta, streaming):
+    check(make(spread=20.0), RowOptions("jsd", beta=beta))
+
+
 def test_digits_of_one_minus_beta(monkeypatch):
     """A kernel on a GPU gets its scalars in float32, where 1 - beta is off by 1e-2; the interpreter leaves them be."""
     inner = launcher.distill_dense_kernel

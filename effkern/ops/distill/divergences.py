@@ -6,6 +6,7 @@ Every gradient with respect to z / T has the form w - q W with W = sum w, as D d
 w = q dD/dq. The logit losses (mse, ..., cosine) stand outside of this; T is 1 for them.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -54,13 +55,20 @@ class _Mixture(NamedTuple):
 
 def _mixture(x: Pair, share: float) -> _Mixture:
     m = share * x.p + (1 - share) * x.q
-    # log(q / m) = -log(1 + share (p / q - 1)), taken from the larger of the two, so that the exponential is at most 1.
+    # log(q / m) = -log(1 + share (p / q - 1)), or the same for p, from the term that makes up most of m: nothing
+    # cancels. Far below 1 the argument is the sum of two positive terms, as a tiny share would be lost beside 1.
     gap = _log_ratio(x.log_p, x.log_q)
-    less = torch.expm1(-gap.abs())
-    of_smaller = share + (1 - 2 * share) * (gap > 0).to(gap.dtype)
-    above_q = torch.log1p(of_smaller * less)
-    p_over_m = torch.where(gap > 0, -above_q, gap - above_q)
-    q_over_m = torch.where(gap > 0, -gap - above_q, -above_q)
+    p_wins = gap > (math.log((1 - share) / share) if 0 < share < 1 else math.inf * (0.5 - share))
+    wins = p_wins.to(gap.dtype)
+    of_other = wins * (1 - share) + (1 - wins) * share
+    of_winner = wins * share + (1 - wins) * (1 - share)
+    log_ratio = torch.where(p_wins, -gap, gap)
+    less = of_other * torch.expm1(log_ratio)
+    near = less > -0.5
+    far = torch.where(near, 1, of_winner + of_other * torch.exp(log_ratio))
+    above = torch.where(near, torch.log1p(torch.where(near, less, 0)), torch.log(far))
+    p_over_m = torch.where(p_wins, -above, gap - above)
+    q_over_m = torch.where(p_wins, -gap - above, -above)
     return _Mixture(m, p_over_m, q_over_m)
 
 

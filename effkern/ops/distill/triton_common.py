@@ -63,15 +63,15 @@ def log1p(x):
 
 
 @triton.jit
-def expm1_of_negative(x):
-    """exp(x) - 1 for x <= 0."""
+def expm1(x):
+    """exp(x) - 1, near zero by its series."""
     s = 2.48015873e-5 * x + 1.98412698e-4
     s = s * x + 1.38888889e-3
     s = s * x + 8.33333333e-3
     s = s * x + 4.16666667e-2
     s = s * x + 0.166666667
     s = s * x + 0.5
-    return tl.where(x > -0.5, x * (s * x + 1.0), tl.exp(x) - 1.0)
+    return tl.where((x > -0.5) & (x < 0.5), x * (s * x + 1.0), tl.exp(x) - 1.0)
 
 
 @triton.jit

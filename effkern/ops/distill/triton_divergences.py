@@ -10,7 +10,7 @@ digits here where alpha or beta is almost 1.
 import triton
 import triton.language as tl
 
-from effkern.ops.distill.triton_common import expm1_of_negative, kl_terms, log1p, log_ratio, times
+from effkern.ops.distill.triton_common import expm1, kl_terms, log1p, log_ratio, times
 
 
 @triton.jit
@@ -26,12 +26,16 @@ def _reverse_kl(p, q, log_p, log_q):
 
 @triton.jit
 def _mixture(p, q, log_p, log_q, share, rest):
-    """m = share p + rest q, log(p / m), log(q / m); the logarithms from the larger one: no log of a small m."""
+    """m = share p + rest q, log(p / m), log(q / m); the logarithms from the term that makes up most of m."""
     gap = log_ratio(log_p, log_q)
-    of_smaller = tl.where(gap > 0.0, rest, share)
-    above = log1p(of_smaller * expm1_of_negative(-tl.abs(gap)))
+    p_wins = gap > tl.log(rest / share)
+    of_other, of_winner = tl.where(p_wins, rest, share), tl.where(p_wins, share, rest)
+    away = tl.where(p_wins, -gap, gap)
+    less = of_other * expm1(away)
+    # Of a sum of positive terms where a tiny share would be lost beside 1. NaN stays in the other.
+    above = tl.where(less < -0.5, tl.log(of_winner + of_other * tl.exp(away)), log1p(less))
     m = share * p + rest * q
-    return m, tl.where(gap > 0.0, -above, gap - above), tl.where(gap > 0.0, -gap - above, -above)
+    return m, tl.where(p_wins, -above, gap - above), tl.where(p_wins, -gap - above, -above)
 
 
 @triton.jit
