@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 TORCH  ?= torch==2.13.0
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test lint bench triton-sanitizer clean
+.PHONY: install demo test lint docs bench triton-sanitizer clean
 
 install: $(VENV)/.installed
 
@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*/*)
 	$(BIN)/pip install -q --upgrade pip "setuptools>=77" wheel
 	$(BIN)/pip install -q $(TORCH)
 	$(BIN)/pip install -q numpy triton "pybind11>=2.13" "cmake>=3.25" ninja
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q --no-build-isolation -e ".[train,dev,bench]"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q --no-build-isolation -e ".[train,dev,bench,docs]"
 	touch $@
 
 demo: install
@@ -26,10 +26,24 @@ demo: install
 test: install
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "slow or not slow" -n logical --maxprocesses=8 --dist loadscope --no-loadscope-reorder
 
+# The site, in build/docs: half a minute, no network.
+docs: install
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+
 # Minutes. `effkern bench --help` has the rest: full runs, targets, baselines, one op.
 bench: install
 	$(BIN)/python -m benchmarks run --json runs/bench/suite.jsonl
 	$(BIN)/python -m benchmarks report runs/bench/suite.jsonl --out runs/bench
+
+# Into dist: the sdist; wheels for this Python, for every Python (no _data), and for every machine (nothing compiled).
+.PHONY: wheel
+wheel: install
+	$(BIN)/pip install -q build
+	rm -rf build/lib build/lib.*
+	$(BIN)/python -m build --sdist --no-isolation
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --wheel --no-isolation
+	PATH="$(CURDIR)/$(BIN):$$PATH" EFFKERN_ABI3=1 $(BIN)/python -m build --wheel --no-isolation
+	EFFKERN_PURE=1 $(BIN)/python -m build --wheel --no-isolation
 
 # Runs the Triton kernels on the CPU and stops at accesses out of bounds and races. The tool's metadata ask for a newer
 # Python than it needs. Half-precision products exist on a GPU only.

@@ -1,4 +1,8 @@
-"""Bridge from setuptools to CMakeLists.txt, which describes all compiled code."""
+"""Bridge from setuptools to CMakeLists.txt, which describes all compiled code. docs/install.md has the wheels.
+
+EFFKERN_PURE=1 compiles nothing: a wheel for every platform. EFFKERN_ABI3=1 leaves out `_data`, the one module that is
+of a single version of Python: a wheel for all of them from 3.10 on.
+"""
 
 import os
 import subprocess
@@ -9,6 +13,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 PURE = os.environ.get("EFFKERN_PURE") == "1"
+ABI3 = os.environ.get("EFFKERN_ABI3") == "1"
 
 
 class CMakeBuild(build_ext):
@@ -16,6 +21,10 @@ class CMakeBuild(build_ext):
         root = Path(__file__).parent.resolve()
         out = root / "effkern" if self.inplace else Path(self.build_lib).resolve() / "effkern"
         build = root / "build" / "cmake"
+        if not self.inplace:
+            # What an earlier build with other options left there would go into the wheel.
+            for module in out.glob("*.so"):
+                module.unlink()
         subprocess.check_call(
             [
                 "cmake",
@@ -27,6 +36,7 @@ class CMakeBuild(build_ext):
                 "Ninja",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-DEFFKERN_OUTPUT_DIR={out}",
+                f"-DEFFKERN_DATA={'OFF' if ABI3 else 'ON'}",
                 *os.environ.get("EFFKERN_CMAKE_ARGS", "").split(),
             ]
         )
@@ -34,8 +44,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    ext_modules=[] if PURE else [Extension("effkern._C", sources=[])],
-    # A pure wheel made in a built tree must not carry its modules.
-    exclude_package_data={"effkern": ["*.so"]} if PURE else {},
+    ext_modules=[] if PURE else [Extension("effkern._C", sources=[], py_limited_api=ABI3)],
     cmdclass={} if PURE else {"build_ext": CMakeBuild},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if ABI3 and not PURE else {},
 )

@@ -9,6 +9,7 @@ scaling     cost against size, and calls of more than 2^31 elements
 ceilings    what this machine copies and multiplies at best
 peers       every op beside other packages, in one run
 end_to_end  the trainer, method by method, beside plain torch
+import_time what `import effkern` costs beside `import torch`
 records     committed results of other commands as result lines
 
 OP          one op's benchmark with its own options; --explain says what a case needs and what the op chooses; exit
@@ -27,7 +28,7 @@ OPS = sorted(path.stem for path in (Path(__file__).parent / "ops").glob("*.py") 
 COMMANDS = {
     "run": "suite", "check": "targets", "compare": "compare", "report": "report", "baseline": "baseline",
     "scaling": "scaling", "ceilings": "ceilings", "peers": "peers.__main__", "end_to_end": "end_to_end",
-    "records": "records",
+    "import_time": "import_time", "records": "records",
 }  # fmt: skip
 
 

@@ -69,5 +69,12 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in ("nn", "optim", "models", "data", "train", "integrations", "distributed"):
-        return import_module(f"effkern.{name}")
+        try:
+            return import_module(f"effkern.{name}")
+        except ModuleNotFoundError as error:
+            from effkern.extras import advice
+
+            if (said := advice(error)) is None:
+                raise
+            raise ModuleNotFoundError(f"effkern.{name}: {said}", name=error.name) from error
     raise AttributeError(f"module 'effkern' has no attribute {name!r}")

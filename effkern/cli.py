@@ -46,12 +46,14 @@ def train(arguments: Sequence[str]) -> int:
     config = command.settings
 
     if command.dry_run:
+        from effkern.ops.distill.chunked import chunk_bytes
         from effkern.train.device import choose_device, choose_precision
         from effkern.train.estimate import estimate, render
 
-        dtype = choose_precision(config.run.precision, choose_device(config.run.device))
+        device = choose_device(config.run.device)
+        dtype, budget = choose_precision(config.run.precision, device), chunk_bytes(device)
         teacher = PRESETS[chosen.teacher].config.model if chosen and chosen.teacher else _teacher_shape(config)
-        print(render(estimate(config, dtype, teacher), config, dtype, chosen.unconfirmed if chosen else ()))
+        print(render(estimate(config, dtype, teacher, budget), config, dtype, chosen.unconfirmed if chosen else ()))
         return 0
     return _train(config, f"effkern train {' '.join(arguments)}")
 
@@ -148,15 +150,15 @@ def data_stats(path: Path, json: bool = False) -> int:
     return 0
 
 
-def doctor(json: bool = False) -> int:
-    """What was built, and what each op will use on this machine.
+def doctor(arguments: Sequence[str]) -> int:
+    """What was built, and what each op will use on this machine. Needs no extra, as it helps where one is missing."""
+    from argparse import ArgumentParser
 
-    Args:
-        json: print JSON.
-    """
     from effkern.cli_doctor import main as report
 
-    return report(json)
+    parser = ArgumentParser(prog="effkern doctor", description="What was built, what each op uses here, and why.")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return report(parser.parse_args(arguments).json)
 
 
 def bench(arguments: Sequence[str]) -> int:
@@ -191,6 +193,13 @@ def data(arguments: Sequence[str]) -> int:
 
         commands |= {"soft-labels": soft_labels, **COMMANDS}
     return tyro.extras.subcommand_cli_from_dict(commands, prog="effkern data", args=list(arguments))
+
+
+def finetune(arguments: Sequence[str]) -> int:
+    """LoRA adapters on a checkpoint."""
+    from effkern.cli_finetune import main as run
+
+    return run(arguments)
 
 
 def ablate(arguments: Sequence[str]) -> int:
@@ -237,7 +246,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     ),
     "finetune": (
         "train LoRA adapters on a checkpoint (LoRA-RITE, AdamW ...), merge and export",
-        _from("effkern.cli_finetune", "finetune", "finetune"),
+        finetune,
     ),
     "eval": ("loss, perplexity and accuracy of a checkpoint; --tasks", _from("effkern.cli_model", "evaluate", "eval")),
     "generate": ("continue a prompt with a checkpoint", _from("effkern.cli_model", "generate", "generate")),
@@ -245,7 +254,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "ablate": ("train a grid of features over seeds at equal tokens; one table, one plot", ablate),
     "runs": ("list, show, compare and plot the runs below a folder", runs),
     "data": ("build, stats, soft-labels; dedup, embed, score, cluster, select, mix, report: choose the text", data),
-    "doctor": ("what was built, and what each op uses here: --json", _tyro(doctor, "doctor")),
+    "doctor": ("what was built, and what each op uses here: --json", doctor),
     "bench": ("benchmarks of a source checkout: run, check, compare, report, OP --explain ...", bench),
 }
 
@@ -283,7 +292,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("EFFKERN_DEBUG") == "1" or not _is_expected(error):
             raise
-        print(f"effkern {name}: error: {error}", file=sys.stderr)
+        from effkern.extras import advice
+
+        print(f"effkern {name}: error: {advice(error) or error}", file=sys.stderr)
         return 1
 
 
@@ -293,6 +304,7 @@ def _is_expected(error: Exception) -> bool:
     # Their modules are loaded only by the commands that can raise them.
     homes = {
         "CheckpointError": "effkern.train.checkpoint",
+        "InUse": "effkern.data.lock",
         "RankError": "effkern.train.parallel",
         "TrainingDiverged": "effkern.train.loop",
     }

@@ -20,7 +20,7 @@ def estimate(
     """Memory of a GPU, communication and time of a step on several of them, before anything runs.
 
     Args:
-        preset: demo, demo-teacher, small, small-teacher, paper-2.8b or paper-1.5b.
+        preset: any of effkern train.
         config: TOML file as for effkern train.
         gpus: how many; must divide data.batch_size.
         gpu: h100, h200, a100, a100-40 or b200.

@@ -1,7 +1,12 @@
 """`effkern finetune`: LoRA on a trained checkpoint, merged and exported at the end."""
 
+import argparse
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 def finetune(
@@ -27,6 +32,8 @@ def finetune(
     device: str = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     threads: int = 0,
+    mode: Literal["none", "ddp"] = "none",
+    preset: str = "",
     restart: bool = False,
 ) -> int:
     """Train LoRA adapters on a trained model; a folder that holds checkpoints is resumed.
@@ -57,13 +64,19 @@ def finetune(
         device: auto, cpu or cuda.
         precision: auto, fp32 or bf16 (autocast).
         threads: CPU threads; 0 leaves torch's default.
+        mode: ddp: the processes of torchrun share each batch.
+        preset: paper-lora-rite or paper-lora-adam: a paper's rank, rate and so on; what is given beside it counts.
         restart: throw away what out holds instead of resuming it.
     """
     from dataclasses import replace
 
     from effkern.train.finetune import finetune as run
     from effkern.train.finetune import finetune_config
+    from effkern.train.presets_finetune import get_finetune_preset
 
+    main_rank = int(os.environ.get("RANK", "0")) == 0
+    for text in get_finetune_preset(preset).unconfirmed if preset and main_rank else ():
+        print(f"unconfirmed in {preset}: {text}")
     config = finetune_config(
         checkpoint,
         data,
@@ -85,6 +98,7 @@ def finetune(
         config,
         data=replace(config.data, micro_batch_size=micro_batch_size),
         optimizer=replace(config.optimizer, weight_decay=weight_decay),
+        distributed=replace(config.distributed, mode=mode),
         run=replace(
             config.run,
             device=device,
@@ -96,6 +110,8 @@ def finetune(
         ),
     )
     result = run(config)
+    if not main_rank:
+        return 0 if result.signum is None else 128 + result.signum
     if result.signum is not None:
         print(f"stopped by signal {result.signum} after step {result.state.step}; saved. The same command goes on.")
         return 128 + result.signum
@@ -106,3 +122,30 @@ def finetune(
         f"merged model in {out / 'merged'}"
     )
     return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`finetune` with the defaults of --preset, if one is given."""
+    import tyro
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="")
+    known, _ = first.parse_known_args(arguments)
+    return tyro.cli(_with_defaults(known.preset), prog="effkern finetune", args=list(arguments))
+
+
+def _with_defaults(preset: str) -> Callable[..., int]:
+    if not preset:
+        return finetune
+    from effkern.train.presets_finetune import get_finetune_preset
+
+    settings = get_finetune_preset(preset).settings
+
+    @wraps(finetune)
+    def chosen(*given: Any, **named: Any) -> int:
+        return finetune(*given, **named)
+
+    signature = inspect.signature(finetune)
+    parameters = [p.replace(default=settings.get(p.name, p.default)) for p in signature.parameters.values()]
+    chosen.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return chosen

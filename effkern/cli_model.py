@@ -17,7 +17,9 @@ def _load(checkpoint: Path, device: str) -> "tuple[LoadedModel, torch.device, to
     from effkern.train.restore import load_model
 
     where = choose_device(device)
-    return load_model(checkpoint, where), where, choose_precision("auto", where)
+    loaded = load_model(checkpoint, where)
+    # That of the run, so that its own validation comes out again.
+    return loaded, where, choose_precision(loaded.meta["config"]["run"]["precision"], where)
 
 
 def _encoder(loaded: "LoadedModel", tokenizer: Path | None = None) -> "TextEncoder":

@@ -19,7 +19,7 @@ Folders = Annotated[tuple[Path, ...], tyro.conf.Positional]
 
 
 def list_runs(folder: Folder = Path("runs"), json: bool = False) -> int:
-    """One line a run: steps done, size, tokens, the last validation, time.
+    """One line a run: running, finished or stopped, steps done, size, tokens, the last validation, time.
 
     Args:
         folder: where to look, with everything below it.
@@ -29,11 +29,12 @@ def list_runs(folder: Folder = Path("runs"), json: bool = False) -> int:
     if json:
         print(json_.dumps([{k: v for k, v in run.as_dict().items() if k not in ("evals", "config")} for run in runs]))
         return 0
-    table = _table("run", "steps", "parameters", "tokens", "loss", "accuracy", "bits/byte", "time")
+    table = _table("run", "status", "steps", "parameters", "tokens", "loss", "accuracy", "bits/byte", "time")
     for run in runs:
         steps = f"{run.step}/{run.steps}" if run.steps else str(run.step)
-        state = "" if run.finished else " unfinished" if not run.problems else " damaged"
-        table.add_row(str(run.path), steps + state, f"{run.parameters:,}" if run.parameters else "-", *_figures(run))
+        status = f"{run.status}, damaged" if run.problems else run.status
+        parameters = f"{run.parameters:,}" if run.parameters else "-"
+        table.add_row(str(run.path), status, steps, parameters, *_figures(run))
     _print(table)
     return 0
 
@@ -49,7 +50,7 @@ def show(run: Folder, json: bool = False) -> int:
     if json:
         print(json_.dumps(found.as_dict()))
         return 0
-    print(f"{run}: step {found.step} of {found.steps}, {'finished' if found.finished else 'not finished'}")
+    print(f"{run}: step {found.step} of {found.steps}, {found.status}{f' by {found.process}' if found.process else ''}")
     for problem in found.problems:
         print(problem)
     settings = _table("setting (not the default)", "value")

@@ -40,12 +40,10 @@ def loss_only(function):
     return wrong
 
 
+# The function that is made wrong where it is not that of the op's name, or how where 1% too large is not enough.
 PATCHES = {
-    "batched_eigh": ("batched_eigh", scaled), "distill": ("linear_distill_loss", loss_only),
-    "kmeans": ("kmeans_assign", scaled), "mean_pool": ("mean_pool", scaled),
-    "label_rank": ("label_rank", scaled), "laurel": ("laurel_residual", scaled), "loop_step": ("loop_step", scaled),
-    "loop_similarity": ("loop_similarity", lambda f: scaled(f, 2.0)), "soft_labels": ("soft_labels", scaled),
-    "looped_linear_attention": ("looped_linear_attention", scaled), "token_stats": ("token_stats", scaled),
+    "distill": ("linear_distill_loss", loss_only), "kmeans": ("kmeans_assign", scaled),
+    "laurel": ("laurel_residual", scaled), "loop_similarity": ("loop_similarity", lambda f: scaled(f, 2.0)),
     "lora_rite": ("lora_rite_step_", lambda f: lambda groups, grads, rates, o: f(groups, grads, [2e-3], o)),
     "shampoo": ("apply_", lambda f: lambda *a, lr, **o: f(*a, lr=1.01 * lr, **o)),
 }  # fmt: skip
@@ -71,7 +69,7 @@ def test_no_number_on_a_wrong_result(op, monkeypatch):
         broken = SimpleNamespace(bf16_mm_nt_=real.bf16_mm_nt_, bf16_add_tn_=add)
         name, wrong = "OPS", lambda _: broken
     else:
-        name, wrong = PATCHES[op.name]
+        name, wrong = PATCHES.get(op.name, (op.name, scaled))
     op.check(case)
     monkeypatch.setattr(module, name, wrong(getattr(module, name)))
     with pytest.raises(WrongResult, match="wrong result"):

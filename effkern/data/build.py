@@ -70,7 +70,7 @@ def build_dataset(
         ValueError: an argument is out of range, a source does not exist, a jsonl line does not parse (file and line
             are named), or no text was found.
         FileExistsError: `out` holds a finished dataset and `overwrite` is False, or files of another kind.
-        RuntimeError: another build is writing to `out`.
+        InUse: another build is writing to `out` (a RuntimeError).
         ImportError: tokenizers, or what a source needs, is not installed.
 
     Memory: the longest document, some 60 bytes a character of a chunk of a few MiB, and 150 bytes a document; the

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from effkern.data.lock import FileLock, InUse
 from effkern.data.manifest import MANIFEST, Manifest, load_manifest
 
 LOCK = ".build.lock"
@@ -71,13 +72,12 @@ def build_folder(path: Path, overwrite: bool) -> Iterator[BuildFolder]:
 
     Raises:
         FileExistsError: a finished dataset stands there and `overwrite` is False, or the folder holds other files.
-        RuntimeError: another build is writing to it.
+        InUse: another build is writing to it.
     """
     created = not path.exists()
     _check_out(path, overwrite)
     path.mkdir(parents=True, exist_ok=True)
-    with (path / LOCK).open("a") as lock:
-        _lock(lock.fileno(), path)
+    with FileLock(path / LOCK, lambda who: InUse(f"build_dataset: another build is writing to {path} ({who})")):
         # Again under the lock: another build may have finished in between.
         _check_out(path, overwrite)
         folder = BuildFolder(path, _names(path))
@@ -113,18 +113,6 @@ def _names(path: Path) -> set[str]:
         return load_manifest(path).files()
     except (ValueError, OSError):
         return {entry.name for entry in path.iterdir()}
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    """The lock falls with the process, so that a killed build blocks nobody."""
-    if sys.platform == "win32":
-        return
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise RuntimeError(f"build_dataset: another build is writing to {path}") from None
 
 
 def _sync_folder(path: Path) -> None:

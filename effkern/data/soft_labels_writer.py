@@ -7,8 +7,7 @@ stops the writer, the shards that have their final name are whole, and the next 
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from effkern.data.dataset import PackedDataset
+from effkern.data.lock import FileLock, InUse
 from effkern.data.soft_labels_codec import LabelArrays
 from effkern.data.soft_labels_shard import ShardFile, check_content, shard_name
 from effkern.data.soft_labels_spec import MANIFEST, SPEC, WINDOWS, LabelManifest, LabelShard, LabelSpec, load_spec
@@ -75,7 +75,7 @@ def write_soft_labels(
             is not finite; a finished shard was changed, or the spec cannot be read, and `overwrite` is False.
         FileExistsError: `out` holds other files.
         OSError: the disk is full or fails. Finished shards stay, and nothing half-written does.
-        RuntimeError: another process is writing to `out`.
+        InUse: another process is writing to `out` (a RuntimeError).
     """
     assert spec.windows_sha256 == windows_hash(windows)
     path = Path(out)
@@ -225,21 +225,12 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """The lock falls with the process, so that a killed writer blocks nobody."""
+def _locked(path: Path) -> FileLock:
+    """The folder, made, and the lock on it, to be entered."""
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"soft labels: out must be a folder, got a file: {path}")
     path.mkdir(parents=True, exist_ok=True)
-    with (path / LOCK).open("a") as lock:
-        if sys.platform != "win32":
-            import fcntl
-
-            try:
-                fcntl.flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RuntimeError(f"soft labels: another process is writing to {path}") from None
-        yield
+    return FileLock(path / LOCK, lambda who: InUse(f"soft labels: another process is writing to {path} ({who})"))
 
 
 def free_bytes(path: Path) -> int:

@@ -28,6 +28,7 @@ def gkd_loss(
     temperature: float = 1.0,
     reduction: str = "batchmean",
     *,
+    num_items_in_batch: Tensor | int | None = None,
     vocab_valid: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -38,6 +39,7 @@ def gkd_loss(
         D = beta KL(p, m) + (1 - beta) KL(q, m);  beta = 0: KL(p, q);  beta = 1: KL(q, p)
         batchmean: sum D / number of these rows; without labels sum D / first dimension
         sum: sum D;  mean: sum D / (number of these rows x V)
+        num_items_in_batch given: sum D / that, whatever the reduction
 
     which are TRL's numbers, in float32 sums whatever the inputs are: `GKDTrainer.generalized_jsd_loss =
     staticmethod(gkd_loss)`. (The first TRL releases with GKD mixed log-probabilities; that formula is not covered.)
@@ -52,6 +54,7 @@ def gkd_loss(
         labels: [..] int64, or None.
         beta: the teacher's share in [0, 1]. temperature: T > 0; no factor T^2.
         reduction: "batchmean", "sum", "mean". Not "none", whose result has V entries a row.
+        num_items_in_batch: tokens of all accumulation steps, as Trainer counts them, > 0; a number or 0-d tensor.
         vocab_valid: entries that count, where vocabularies are padded. None: all of the student's.
         impl: as in effkern.linear_distill_loss.
 
@@ -86,6 +89,8 @@ def gkd_loss(
     flat = torch.zeros(rows, dtype=torch.long, device=first.device) if labels is None else labels.reshape(-1)
     count: Any = (flat != IGNORED).sum() if labels is not None or reduction == "mean" else leading[0]
     denom = {"batchmean": count, "sum": 1, "mean": count * vocab}[reduction]
+    if num_items_in_batch is not None:
+        denom = _items(num_items_in_batch)
     divergence, share, size = _divergence(beta, first.dtype)
     teacher = _teacher(teacher_logits, leading)
     if whole:
@@ -101,6 +106,13 @@ def gkd_loss(
         vocab_valid=None if vocab == weight.shape[0] else vocab, impl=impl,
     ).loss  # fmt: skip
     return loss * size
+
+
+def _items(given: Any) -> Any:
+    number = isinstance(given, (int, float)) and not isinstance(given, bool) and 0 < given < math.inf
+    if not number and not (isinstance(given, Tensor) and given.dim() == 0):
+        raise ValueError(f"{OP}: num_items_in_batch must be a positive number or a 0-d tensor, got {given!r}")
+    return given
 
 
 def _divergence(beta: float, dtype: torch.dtype) -> tuple[str, float | None, float]:

@@ -300,9 +300,8 @@ class TrainConfig:
         if self.distributed.vocab_parallel:
             untied = not self.model.tie_head
             _require("distributed", "vocab_parallel", untied, "be False where model.tie_head=True", True)
-        if self.distributed.mode != "none":
             gate = self.model.loop.exit_gate
-            _require("model.loop", "exit_gate", not gate, "be False where distributed.mode is not none", gate)
+            _require("distributed", "vocab_parallel", not gate, "be False where model.loop.exit_gate=True", True)
         fits = self.data.seq_len <= self.model.max_seq_len
         _require("data", "seq_len", fits, f"be at most model.max_seq_len={self.model.max_seq_len}", self.data.seq_len)
 

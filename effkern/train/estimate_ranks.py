@@ -11,14 +11,25 @@ import torch
 from effkern.models import Decoder, DecoderConfig, count_parameters, forward_flops
 from effkern.ops.distill.ceilings import Ceilings, known
 from effkern.train.config import TrainConfig
-from effkern.train.estimate import activation_bytes, describe_bytes, planned, training_flops
+from effkern.train.estimate import (
+    activation_bytes,
+    bytes_in_turn,
+    describe_bytes,
+    head_bytes,
+    loss_bytes,
+    planned,
+    training_flops,
+    working_bytes,
+)
 from effkern.train.schedules import teacher_steps
 
 FORMULAS = (
     "memory: weights, gradients 4 B and optimizer state, over S; Shampoo's factors and roots whole on every rank;",
     "  gathered (S > 1): root and two blocks at 4 B, and the unreduced gradient of root and one block; without",
-    "  reshard_after_forward all of them; bf16 copies 2 B a weight; activations of one micro-batch; the loss op's",
-    "  chunk; teacher 4 B a weight over S, and its root whole",
+    "  reshard_after_forward all of them; bf16 copies 2 B a weight; activations of one micro-batch; loss op: its",
+    "  chunks and (S = 1) 4 B a weight of the output layer; teacher 4 B a weight over S, and its root whole. Of a",
+    "  single micro-batch a step gradients come as activations go, but for ddp, whose buckets stay: not their sum, but",
+    "  the larger of gradients (S = 1 and tied: and the head's again) and activations with loss op",
     "bytes that a rank sends in a step, rings: gather or scatter of M bytes over S ranks M (S-1)/S, all-reduce twice",
     "  that. ddp: all-reduce of 4 W. fsdp: scatter of 4 W; a gather of 4 (W - U) forward and, with",
     "  reshard_after_forward, backward, and of 4 U, in each of m micro-batches. hsdp: the same over S, and an",
@@ -72,6 +83,8 @@ class RankEstimate:
     """Of one rank; bytes, FLOPs and seconds of one step."""
 
     memory: dict[str, float]
+    in_turn: float
+    """Bytes of gradients, activations and loss op that do not lie beside the rest."""
     sent: dict[str, float]
     """Bytes that a rank sends in a step of stage 1, by what they are."""
     flops: float
@@ -85,7 +98,7 @@ class RankEstimate:
     @property
     def peak(self) -> float:
         """Bytes in stage 1."""
-        return sum(self.memory.values())
+        return sum(self.memory.values()) - self.in_turn
 
     def step_s(self, *, teacher: bool) -> tuple[float, float]:
         """Seconds of a step: with all communication hidden, and with none."""
@@ -173,10 +186,15 @@ def estimate_ranks(
         "optimizer": (_state_bytes(config, weights) - factors) / shards + factors,
         "gathered": whole,
         "bf16 copies": 2.0 * weights if dtype == torch.bfloat16 else 0.0,
-        "activations": float(activation_bytes(config.model, tokens, dtype)),
-        "loss chunk": 2.0 * cluster.kind.chunk_bytes,
+        "activations": float(
+            activation_bytes(config.model, tokens, dtype) + working_bytes(config.model, tokens, dtype)
+        ),
+        "loss op": float(_loss_op(config, dtype, cluster, tokens, guide_width, shards)),
         "teacher": 4.0 * (guide / shards + (guide_root if shards > 1 else 0)),
     }
+    passing = memory["activations"] + memory["loss op"]
+    again = head_bytes(config.model) if config.model.tie_head and shards == 1 else 0
+    in_turn = 0.0 if settings.mode == "ddp" else bytes_in_turn(micros, memory["gradients"], passing, again)
 
     def ring(size: float, over: int) -> float:
         return size * (over - 1) / over
@@ -206,10 +224,20 @@ def estimate_ranks(
     inside, outside = cluster.rate(shards if shards > 1 else ranks), cluster.rate(ranks)
     guide_s = sent.get("gather of the teacher", 0.0) / inside
     return RankEstimate(
-        memory, {**sent, **across}, flops, guide_flops, flops / rate, guide_flops / rate,
+        memory, in_turn, {**sent, **across}, flops, guide_flops, flops / rate, guide_flops / rate,
         28.0 * weights / shards / cluster.kind.bandwidth, sum(sent.values()) / inside + sum(across.values()) / outside,
         guide_s,
     )  # fmt: skip
+
+
+def _loss_op(
+    config: TrainConfig, dtype: torch.dtype, cluster: Cluster, tokens: int, teacher_dim: int, shards: int
+) -> int:
+    """Bytes of chunks, and of the output layer's gradient where it is not among what is gathered."""
+    model, budget = config.model, cluster.kind.chunk_bytes
+    if config.distributed.vocab_parallel:
+        return loss_bytes(model, tokens * shards, dtype, budget, teacher_dim, shards)
+    return loss_bytes(model, tokens, dtype, budget, teacher_dim) + (head_bytes(model) if shards == 1 else 0)
 
 
 def _state_bytes(config: TrainConfig, weights: int) -> float:
@@ -233,6 +261,7 @@ def render_ranks(numbers: RankEstimate, config: TrainConfig, cluster: Cluster, d
         f"memory a GPU          {describe_bytes(numbers.peak)} of {describe_bytes(cluster.kind.memory)}"
         + ("" if fits else ": DOES NOT FIT"),
         *(f"  {name:20}{describe_bytes(size)}" for name, size in numbers.memory.items() if size),
+        *([f"  {'in turn':19}-{describe_bytes(numbers.in_turn)}"] if numbers.in_turn else []),
         f"sent a GPU and step   {describe_bytes(sum(numbers.sent.values()))}",
         *(f"  {name:28}{describe_bytes(size)}" for name, size in numbers.sent.items()),
         f"FLOPs a GPU and step  {numbers.flops:.3e} student, {numbers.teacher_flops:.3e} teacher",

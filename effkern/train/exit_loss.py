@@ -3,12 +3,14 @@
 L loops, N tokens of a micro-batch, d hidden size, V vocabulary.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from effkern.models import Decoder
+from effkern.models.decoder import LoopOutputs
 from effkern.nn.looped.gate import expected_exit_loss
 from effkern.ops.distill import linear_distill_loss
 
@@ -23,7 +25,16 @@ class ExitLoss(NamedTuple):
     """Whether its most likely token is the label, [N]."""
 
 
-def exit_loss(model: Decoder, inputs: Tensor, targets: Tensor, *, step: int, ignore: int, denom: int) -> ExitLoss:
+def exit_loss(
+    model: Decoder,
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    step: int,
+    ignore: int,
+    denom: Any,
+    outputs: Callable[..., LoopOutputs] | None = None,
+) -> ExitLoss:
     """sum over tokens of (sum_t p_t CE_t - exit_beta H(p)) / denom, with p of the gate (Ouro's first stage).
 
     The gradient of CE_t goes through all loops' logits in chunks, weighted by p_t as a constant; that of p_t takes CE_t
@@ -32,10 +43,11 @@ def exit_loss(model: Decoder, inputs: Tensor, targets: Tensor, *, step: int, ign
     Args:
         inputs: int64 [rows, length]. targets: int64 [N = rows * length], or `ignore`.
         step: of training, for drawn loops. denom: tokens that count in the whole step.
+        outputs: the model's loop_outputs as ranks share it.
 
     Memory: the states and last hidden states of all loops, 2 L N d; never V x N.
     """
-    found = model.loop_outputs(inputs, step=step)
+    found = (outputs or model.loop_outputs)(inputs, step=step)
     hidden, log_probs = found.hidden.flatten(1, 2), found.log_probs.flatten(1)
     probs = log_probs.detach().exp()
     result = linear_distill_loss(

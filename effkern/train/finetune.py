@@ -35,11 +35,12 @@ DEFAULTS: Mapping[str, OptimizerConfig] = {
 
 
 def build_lora_optimizer(model: nn.Module, lora: LoraConfig, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer that `lora.optimizer` names, over the adapters of `model`; the learning rate is set every step."""
+    """The optimizer that `lora.optimizer` names, over the adapters of `model`; the learning rate is set every step.
+
+    With lora.train_A False the factors A have no gradient already.
+    """
     from effkern.optim import LoRAMuon, LoRARite, ScaledAdam
 
-    for layer in lora_layers(model).values():
-        layer.factors()[0].requires_grad_(lora.train_A)
     betas = (config.beta1, config.beta2)
     if lora.optimizer == "adamw":
         factors = [layer.factors() for layer in lora_layers(model).values()]
@@ -106,6 +107,8 @@ class FineTuner(Trainer):
         inject_lora(
             model, lora.target_names, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, seed=self.config.run.seed
         )
+        for layer in lora_layers(model).values():
+            layer.factors()[0].requires_grad_(lora.train_A)
         return model.train()
 
     def _begin(self) -> None:
@@ -146,7 +149,7 @@ class FineTuner(Trainer):
     def _finish(self, signum: int | None) -> TrainResult:
         result = super()._finish(signum)
         if result.finished:
-            self.export()
+            self.parallel.on_main(self.export)
         return result
 
     def export(self) -> Path:

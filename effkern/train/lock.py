@@ -1,21 +1,26 @@
 """One process at a time may write to a run directory."""
 
-import os
 from pathlib import Path
 from types import TracebackType
 
+from effkern.data.lock import FileLock, holder
 from effkern.train.parallel import ALONE, Alone
+
+LOCK = ".lock"
 
 
 class RunLock:
-    """Context manager around an advisory lock on `folder`/.lock; the system drops it when the process dies.
+    """Context manager around the lock on `folder`/.lock; the system drops it when the process dies.
 
     Of several ranks, the main one takes it.
+
+    Raises:
+        ValueError: another process trains there; it is named.
     """
 
     def __init__(self, folder: Path, parallel: Alone = ALONE) -> None:
         self.folder, self._parallel = folder, parallel
-        self._handle = -1
+        self._lock = FileLock(folder / LOCK, self._refuse)
 
     def __enter__(self) -> "RunLock":
         self._parallel.on_main(self._take)
@@ -23,19 +28,17 @@ class RunLock:
 
     def _take(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._handle = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            import fcntl
-        except ImportError:  # not a Unix
-            return
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._handle)
-            raise ValueError(f"run.out must not be in use by another process, got {self.folder}") from None
+        self._lock.__enter__()
+
+    def _refuse(self, who: str) -> ValueError:
+        return ValueError(f"run.out must not be in use by another process, got {self.folder} ({who})")
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._handle >= 0:
-            os.close(self._handle)
+        self._lock.__exit__(kind, value, trace)
+
+
+def trained_by(folder: Path) -> str | None:
+    """The process that trains in `folder`; None where none does."""
+    return holder(folder / LOCK)

@@ -76,8 +76,8 @@ class Trainer:
     def __init__(self, config: TrainConfig, *, title: str = "train", quiet: bool = False) -> None:
         if config.lora.rank and not self.adapters:
             raise ValueError(f"lora.rank must be 0 to train a whole model (effkern finetune), got {config.lora.rank}")
-        if self.adapters and config.distributed.mode != "none":
-            raise ValueError(f"distributed.mode must be none to train adapters, got {config.distributed.mode!r}")
+        if self.adapters and config.distributed.mode not in ("none", "ddp"):
+            raise ValueError(f"distributed.mode must be none or ddp to train adapters, got {config.distributed.mode!r}")
         self.config, self.title, self.quiet = config, title, quiet
         self.out = Path(config.run.out)
         if config.run.wandb:

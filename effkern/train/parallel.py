@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from effkern.distributed import global_count
 from effkern.models import Decoder
+from effkern.models.decoder import LoopOutputs
 from effkern.train.config import TrainConfig
 
 Found = TypeVar("Found")
@@ -39,6 +40,10 @@ class Alone:
     def wrap(self, model: Decoder) -> Any:
         """The forward pass to train with; with FSDP, `model` itself is changed. Before the optimizer is made."""
         return model
+
+    def loop_outputs(self, model: Decoder, forward: Any) -> Callable[..., LoopOutputs]:
+        """model.loop_outputs, to train with; `forward` is what `wrap` returned."""
+        return model.loop_outputs
 
     def shard_teacher(self, teacher: Decoder) -> None:
         """Spread a frozen teacher as the student is spread."""
@@ -153,7 +158,11 @@ class Ranks(Alone):
         from torch.nn.parallel import DistributedDataParallel
 
         # Parameters are a function of (config, seed), and a resumed run has read them: there is nothing to send.
-        return DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True)
+        trained = LoopOutputsOf(model) if model.config.loop.exit_gate else model
+        return DistributedDataParallel(trained, init_sync=False, gradient_as_bucket_view=True)
+
+    def loop_outputs(self, model: Decoder, forward: Any) -> Callable[..., LoopOutputs]:
+        return model.loop_outputs if self.sharded else forward
 
     def shard_teacher(self, teacher: Decoder) -> None:
         if self.sharded:
@@ -261,6 +270,17 @@ class Ranks(Alone):
                 wrong.append(f"{name}: by rank {values}")
         if wrong:
             raise ValueError("the processes of a run must agree, got\n  " + "\n  ".join(wrong))
+
+
+class LoopOutputsOf(nn.Module):
+    """A decoder whose forward pass is loop_outputs: what DDP watches is a forward pass."""
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens_BT: Tensor, *, step: int) -> LoopOutputs:
+        return self.model.loop_outputs(tokens_BT, step=step)
 
 
 class RankError(RuntimeError):

@@ -11,6 +11,7 @@ from effkern.models import DecoderConfig, count_parameters
 from effkern.train.checkpoint import CheckpointError, list_checkpoints, read_meta
 from effkern.train.compare import value_at
 from effkern.train.config import TrainConfig
+from effkern.train.lock import trained_by
 from effkern.train.log import read_log
 from effkern.train.mapping import ConfigError, flatten, overlay
 
@@ -32,6 +33,13 @@ class Run:
     trained: list[dict[str, Any]] = field(repr=False)
     """Records of training steps."""
     problems: tuple[str, ...] = ()
+    process: str | None = None
+    """That trains there now, as its lock says."""
+
+    @property
+    def status(self) -> str:
+        """running, finished, or stopped: nobody trains there, and steps are left."""
+        return "running" if self.process else "finished" if self.finished else "stopped"
 
     @property
     def steps(self) -> int:
@@ -57,6 +65,8 @@ class Run:
         """For JSON: everything but the records of training steps."""
         return {
             "path": str(self.path),
+            "status": self.status,
+            "process": self.process,
             "finished": self.finished,
             "step": self.step,
             "steps": self.steps,
@@ -111,7 +121,7 @@ def read_run(path: Path) -> Run:
     step = meta.get("step", trained[-1]["step"] if trained else 0)
     config = meta.get("config", {})
     done = _result_step(path) == config.get("schedule", {}).get("steps", -1)
-    return Run(path, config, step, done, evals, trained, tuple(problems))
+    return Run(path, config, step, done, evals, trained, tuple(problems), trained_by(path))
 
 
 def _result_step(path: Path) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from effkern.distributed import vocab_parallel_distill_loss
@@ -48,7 +48,10 @@ def shard(model: Decoder, mesh: Any, config: DistributedConfig, *, head: bool = 
         ignored = {model.head.weight}
     for unit in units(model):
         fully_shard(unit, mesh=mesh, reshard_after_forward=config.reshard_after_forward)
+        if isinstance(unit, LoopedBlock):
+            register_fsdp_forward_method(unit, "all_states")
     fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=ignored)
+    register_fsdp_forward_method(model, "loop_outputs")
     if ignored:
         # Every rank's gradient of the hidden states is that of the whole mean already: gradients add up.
         for module in model.modules():

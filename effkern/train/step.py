@@ -73,7 +73,8 @@ def train_step(
         with parallel.accumulate(forward, last=first == len(parts) - 1):
             if model.config.loop.exit_gate:
                 with autocast(tokens.device, dtype), timer.measure("loss"):
-                    exits = exit_loss(model, inputs, targets, step=step, ignore=IGNORE, denom=denom)
+                    outputs = parallel.loop_outputs(model, forward)
+                    exits = exit_loss(model, inputs, targets, step=step, ignore=IGNORE, denom=denom, outputs=outputs)
                 timer.backward(exits.loss)
                 found = (exits.loss.detach() * denom, exits.ce.sum(), exits.ce.new_zeros(()), exits.hit.sum())
                 sums += torch.stack([part.double() for part in found])

@@ -11,9 +11,11 @@ import torch
 from effkern import cli
 from effkern.data import PackedDataset
 from effkern.data.curation import Embedder, Pool, open_artifact, steps
+from effkern.data.curation.artifact import begin
 from effkern.data.curation.mix import mixture
 from effkern.data.curation.passes import Stopped
 from effkern.data.curation.salt_ds import salt_ds_score
+from effkern.data.folder import build_folder
 from effkern.ops.token_stats.reference import token_stats
 from effkern.train.restore import load_model
 from tests.test_cli import SMALL, fails
@@ -211,8 +213,30 @@ def test_a_signal_stops_and_the_same_command_goes_on(folder, tmp_path, monkeypat
     assert (tmp_path / "s" / ".part-000000.npy").exists()
     assert cli.main(command) == 0
     found = open_artifact(tmp_path / "s", "scores")
-    assert not list((tmp_path / "s").glob(".*"))
+    assert [file.name for file in (tmp_path / "s").glob(".*")] == [".lock"]
     assert found.load("loss").size == len(Pool([folder / "A"], 16))
+
+
+def test_two_commands_do_not_write_to_one_folder(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = [
+        "data",
+        "select",
+        "--step",
+        str(folder / "token"),
+        "--budget",
+        "30",
+        "--method",
+        "random",
+        "--out",
+        str(out),
+    ]
+    with begin(out, "selection", {}, {}, False):
+        assert f"selection: another process is writing to {out} (process {os.getpid()} on " in fails(capsys, words)
+    assert cli.main(words) == 0
+    with build_folder(tmp_path / "set", False):
+        words = ["data", "build", "--out", str(tmp_path / "set"), "--sources", str(folder / "code")]
+        assert f"another build is writing to {tmp_path / 'set'} (process {os.getpid()} on " in fails(capsys, words)
 
 
 def test_errors_are_one_line(folder, tmp_path, capsys):

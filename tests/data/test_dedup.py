@@ -8,6 +8,7 @@ import pytest
 
 from effkern.data.curation import dedup as module
 from effkern.data.curation import open_artifact
+from effkern.data.curation.artifact import LOCK
 from effkern.data.curation.dedup import EXACT, KEPT, NEAR, bands_for, decide, dedup, shingles, signatures
 from effkern.data.curation.passes import Stopped
 
@@ -59,7 +60,7 @@ def test_planted_duplicates(corpus, tmp_path, workers, monkeypatch):
     assert found.results["kept_bytes"] == sum(len(text) for text in kept)
     assert found.hash == open_artifact(tmp_path / "out").hash
     assert {entry.name for entry in (tmp_path / "out").iterdir()} == {
-        "curation.json", "kept.jsonl", *(f"{name}.npy" for name in found.arrays if name != "kept.jsonl")
+        LOCK, "curation.json", "kept.jsonl", *(f"{name}.npy" for name in found.arrays if name != "kept.jsonl")
     }  # fmt: skip
 
 

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import effkern
+from effkern.models import Decoder
 from effkern.train.config import TrainConfig
+from effkern.train.finetune import FineTuner
 from effkern.train.log import read_log
 from effkern.train.loop import Trainer
 from effkern.train.mapping import overlay
@@ -43,9 +46,22 @@ def curve(out: Path) -> list[dict[str, Any]]:
 
 
 def run(config: TrainConfig, out: Path) -> dict[str, Any]:
-    """Curve, digest of the last checkpoint, and validation after a run."""
-    result = Trainer(changed(config, run__out=str(out)), quiet=True).run()
-    return {"curve": curve(out), "digest": weights_digest(load_model(out).model), "evals": result.evals}
+    """Curve, digest of the last checkpoint and of the model in memory, and validation after a run."""
+    kind, stored = (FineTuner, out / "merged") if config.lora.rank else (Trainer, out)
+    trainer = kind(changed(config, run__out=str(out)), quiet=True)
+    result = trainer.run()
+    digest = weights_digest(load_model(stored).model)
+    return {"curve": curve(out), "digest": digest, "live": in_memory(trainer), "evals": result.evals}
+
+
+def in_memory(trainer: Trainer) -> str:
+    """Digest of the whole weights, put together from the parts of the ranks."""
+    if trainer.config.lora.rank:
+        return ""
+    state = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in trainer.model.state_dict().items()}
+    whole = Decoder(trainer.config.model)
+    whole.load_state_dict(state)
+    return weights_digest(whole)
 
 
 def refusal(function: Callable[[], Any]) -> str:
@@ -77,6 +93,7 @@ def refusals(config: TrainConfig, rank: int, out: Path) -> dict[str, str]:
         "config": start(changed(config, data__seed=rank)),
         "batch": start(changed(config, data__batch_size=5)),
         "data": start(changed(config, data__path=config.data.path if rank == 0 else str(out / "none"))),
+        "replicas": start(changed(config, distributed__mode="hsdp", distributed__replicas=3)),
     }
     version = effkern.__version__
     effkern.__version__ = f"{version}.dev{rank}"

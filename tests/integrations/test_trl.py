@@ -152,6 +152,7 @@ def test_as_the_method_of_a_trainer():
         ({"reduction": "max"}, ValueError, r"gkd_loss: reduction must be one of .* got 'max'"),
         ({"beta": 1.1}, ValueError, r"gkd_loss: beta must be in \[0, 1\], got 1.1"),
         ({"temperature": 0.0}, ValueError, r"gkd_loss: temperature must be positive and finite, got 0.0"),
+        ({"num_items_in_batch": 0}, ValueError, r"num_items_in_batch must be a positive number or a 0-d tensor, got 0"),
         ({"labels": torch.zeros(3, dtype=torch.long)}, ValueError, r"labels must have shape \[3, 7\], got \[3\]"),
         ({"teacher_logits": torch.zeros(3, 6, 37)}, ValueError, r"must have the leading dimensions \[3, 7\]"),
         ({"teacher_logits": torch.zeros(3, 7, 36)}, ValueError, r"teacher_logits must cover vocab_valid=37 .* got 36"),

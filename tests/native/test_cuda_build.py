@@ -1,5 +1,6 @@
 """_C_cuda compiles and links for every architecture, spills nothing, and asks only torch and the system for symbols."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -74,13 +75,26 @@ def test_undefined_symbols(module):
     assert strange == []
 
 
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf not found")
+def test_names_the_libraries_of_torch(module):
+    """Those that Python has loaded are not searched unless a module names them: without this no torch would load it."""
+    said = subprocess.run(["readelf", "-d", str(module)], check=True, capture_output=True, text=True).stdout
+    needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", said))
+    assert {"libtorch_cpu.so", "libtorch_cuda.so"} <= needed
+    assert "RPATH" not in said
+    assert "RUNPATH" not in said
+
+
 def test_registers_its_operators(module):
     """Loading it fills the CUDA entries of the dispatcher. Lazy binding: the CPU wheel lacks one symbol of libtorch."""
+    # With such a wheel the build has made the library of that name.
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(module.parents[1])}
     script = f"""
 import ctypes, os, torch, effkern.ops.token_stats
 assert not torch._C._dispatch_has_kernel_for_dispatch_key("effkern::label_rank", "CUDA")
 ctypes.CDLL({str(module)!r}, mode=os.RTLD_LAZY)
 assert torch._C._dispatch_has_kernel_for_dispatch_key("effkern::label_rank", "CUDA")
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=cuda_build.ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=cuda_build.ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from effkern import cli
 from effkern.nn.lora import inject_lora, load_lora_state_dict, lora_layers, merge_lora
 from effkern.train.checkpoint import CheckpointError
-from effkern.train.config import LORA_OPTIMIZERS, LoraConfig
+from effkern.train.config import LORA_OPTIMIZERS, DistributedConfig, LoraConfig
 from effkern.train.demo import DemoInterrupted
 from effkern.train.finetune import DEFAULTS, FineTuner, build_lora_optimizer, finetune, finetune_config
 from effkern.train.finetune_demo import FinetunePlan, render, run_finetune_demo
@@ -234,6 +234,11 @@ def test_bad_settings(config, changes, message):
         FineTuner(config(**changes), quiet=True)
 
 
+def test_adapters_are_trained_whole(config):
+    with pytest.raises(ValueError, match=r"distributed.mode must be none or ddp to train adapters, got 'fsdp'"):
+        FineTuner(replace(config(), distributed=DistributedConfig(mode="fsdp")), quiet=True)
+
+
 def test_rank_and_checkpoint_belong_together(config, base):
     with pytest.raises(ValueError, match=r"lora.rank must be 0 to train a whole model .*, got 2"):
         train(config(), quiet=True)
@@ -258,6 +263,21 @@ def test_commands(young, dataset, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("alpha")
     assert cli.main(["eval", "--checkpoint", str(out), "--data", str(dataset.path)]) == 1
     assert "holds an adapter of rank 2 alone" in capsys.readouterr().err
+
+
+def test_a_preset_fills_in_what_is_not_given(young, dataset, tmp_path, capsys):
+    common = ["finetune", "--checkpoint", str(young), "--data", str(dataset.path), "--steps", "2", "--device", "cpu"]
+    stored = {}
+    for name, more in (("paper-lora-rite", []), ("paper-lora-adam", ["--rank", "2", "--alpha", "4"])):
+        assert cli.main([*common, "--out", str(tmp_path / name), "--preset", name, *more]) == 0
+        assert f"unconfirmed in {name}: alpha=16: of the authors' example script" in capsys.readouterr().out
+        config = load_model(tmp_path / name / "merged").meta
+        stored[name] = (config["merged"]["lora"], config["config"]["optimizer"]["lr"])
+    rite, adam = stored["paper-lora-rite"], stored["paper-lora-adam"]
+    assert (rite[0]["optimizer"], rite[0]["rank"], rite[0]["alpha"], rite[1]) == ("lora_rite", 16, 16.0, 2e-4)
+    assert (adam[0]["optimizer"], adam[0]["rank"], adam[0]["alpha"], adam[1]) == ("adamw", 2, 4.0, 1e-5)
+    assert cli.main([*common, "--out", str(tmp_path / "no"), "--preset", "paper"]) == 1
+    assert "--preset must be one of paper-lora-rite, paper-lora-adam, got 'paper'" in capsys.readouterr().err
 
 
 def test_the_command_of_the_comparison(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -51,8 +53,42 @@ def test_list_has_every_run_with_its_own_figures(folder, base, capsys):
         }
     shown = run(capsys, "list", folder)
     assert "80/80" in shown
-    assert "28/240 unfinished" in shown
+    assert [line.split()[3] for line in shown.splitlines() if "/240" in line or "/80" in line] == [
+        "finished",
+        "stopped",
+    ]
     assert f"{found[1]['loss']:.4f}" in shown
+
+
+def test_a_run_is_running_as_long_as_its_process_lives(base, folder, tmp_path, capsys):
+    """A process of its own, killed in the middle of a step."""
+    out = tmp_path / "alive"
+    shutil.copytree(folder / "b" / "stopped", out)
+    code = (
+        f"from pathlib import Path; from effkern.train.lock import RunLock; RunLock(Path({str(out)!r})).__enter__(); "
+    )
+    held = subprocess.Popen(
+        [sys.executable, "-c", code + "print('held', flush=True); input()", "a run"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert held.stdout.readline() == "held\n"
+        found = json.loads(run(capsys, "list", tmp_path, "--json"))[0]
+        assert found["status"] == "running"
+        assert found["process"].startswith(f"process {held.pid} on ")
+        assert " running " in run(capsys, "list", tmp_path)
+        assert f"step 28 of 240, running by process {held.pid}" in run(capsys, "show", out)
+        with pytest.raises(
+            ValueError, match=rf"in use by another process, got .*alive \(process {held.pid} on .*a run"
+        ):
+            train(at(base, out), quiet=True)
+    finally:
+        held.kill()
+        held.communicate()
+    assert json.loads(run(capsys, "list", tmp_path, "--json"))[0]["status"] == "stopped"
+    assert "step 28 of 240, stopped" in run(capsys, "show", out)
+    assert train(at(base, out, schedule__steps=240), quiet=True).finished
+    assert read_run(out).status == "finished"
 
 
 def test_show_has_settings_and_validations(folder, capsys):

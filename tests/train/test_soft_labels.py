@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from effkern import cli
-from effkern.data import BatchOrder
+from effkern.data import BatchOrder, build_dataset
 from effkern.data.order import num_windows
 from effkern.data.soft_labels import SoftLabelCache
 from effkern.train import cached_teacher
@@ -193,6 +193,19 @@ def test_what_does_not_fit_is_refused_before_the_first_step(salt, whole, tmp_pat
         train(config, quiet=True)
     assert not (tmp_path / "run" / "log.jsonl").exists()
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_cache_for_other_shards_is_refused(salt, whole, text, dataset, tmp_path):
+    """Of the same tokenizer, and of another one."""
+    sources, tokenizer = sorted(text.glob("*.txt")), dataset.path / "tokenizer.json"
+    other = build_dataset(tmp_path / "other", sources[:30], tokenizer=tokenizer, val_fraction=0.2)
+    config = at(with_cache(salt, whole), tmp_path / "run", data__path=str(other.path))
+    with pytest.raises(ValueError, match=r"dataset \(hash of its shards\): \w{12} in the cache, \w{12} asked for"):
+        train(config, quiet=True)
+    other = build_dataset(tmp_path / "another", sources[:30], vocab_size=290, val_fraction=0.2)
+    config = at(config, tmp_path / "run", data__path=str(other.path))
+    with pytest.raises(ValueError, match=r"tokenizer \(hash\): [0-9a-f]{12} in the cache, [0-9a-f]{12}"):
+        train(config, quiet=True)
 
 
 def test_unfinished_caches_are_refused(salt, whole, tmp_path):

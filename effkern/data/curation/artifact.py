@@ -7,7 +7,8 @@ the same hash, whatever the paths.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -16,9 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from effkern.data.lock import FileLock, InUse
+
 FORMAT = "effkern-curation"
 FORMAT_VERSION = 1
-MANIFEST = "curation.json"
+MANIFEST, PLAN, LOCK = "curation.json", ".plan.json", ".lock"
 
 
 @dataclass(frozen=True)
@@ -86,22 +89,44 @@ def write_array(path: Path, array: NDArray) -> None:
     os.replace(temporary, path)
 
 
-def begin(path: str | Path, kind: str, settings: Mapping[str, Any], inputs: Mapping[str, str], overwrite: bool) -> Path:
-    """Make the folder of a step, or take up an unfinished one with the same settings and inputs.
+@contextmanager
+def begin(
+    path: str | Path, kind: str, settings: Mapping[str, Any], inputs: Mapping[str, str], overwrite: bool
+) -> Iterator[Path]:
+    """Make the folder of a step, or take up an unfinished one with the same settings and inputs; it is this process's
+    alone until the end of the with block.
 
     Raises:
         FileExistsError: the folder holds a finished step and `overwrite` is False, or other files.
         ValueError: it holds an unfinished step that was made in another way, and `overwrite` is False.
+        InUse: another process is writing to it (a RuntimeError); it is named.
     """
     folder = Path(path)
     plan = {"kind": kind, "settings": dict(settings), "inputs": dict(inputs)}
-    marker = folder / ".plan.json"
-    if folder.exists():
-        if not folder.is_dir():
-            raise FileExistsError(f"{kind}: out must be a folder, got a file: {folder}")
-        known = marker.exists() or (folder / MANIFEST).exists()
-        if not known and any(folder.iterdir()):
-            raise FileExistsError(f"{kind}: out must be empty or hold a step of curation, got other files in {folder}")
+    # Before a lock is left in a folder that is somebody else's.
+    _known(folder, kind)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / LOCK, lambda who: InUse(f"{kind}: another process is writing to {folder} ({who})")):
+        _take_up(folder, kind, plan, overwrite)
+        yield folder
+
+
+def _known(folder: Path, kind: str) -> bool:
+    """Whether the folder holds a step, finished or not."""
+    if not folder.exists():
+        return False
+    if not folder.is_dir():
+        raise FileExistsError(f"{kind}: out must be a folder, got a file: {folder}")
+    known = (folder / PLAN).exists() or (folder / MANIFEST).exists()
+    if not known and any(entry.name != LOCK for entry in folder.iterdir()):
+        raise FileExistsError(f"{kind}: out must be empty or hold a step of curation, got other files in {folder}")
+    return known
+
+
+def _take_up(folder: Path, kind: str, plan: Mapping[str, Any], overwrite: bool) -> None:
+    """What may stay of an earlier call stays, the rest goes; the plan is written."""
+    marker = folder / PLAN
+    if _known(folder, kind):
         if (folder / MANIFEST).exists() and not overwrite:
             raise FileExistsError(f"{kind}: out must not hold a finished step unless overwrite is given, got {folder}")
         same = marker.exists() and json.loads(marker.read_text("utf-8")) == json.loads(json.dumps(plan))
@@ -109,19 +134,22 @@ def begin(path: str | Path, kind: str, settings: Mapping[str, Any], inputs: Mapp
         begun = any(folder.glob(".part-*.npy"))
         if begun and not same and not overwrite:
             raise ValueError(f"{kind}: out holds an unfinished step with other settings or inputs: {folder}")
-        if known and not (same and not (folder / MANIFEST).exists()):
+        if not same or (folder / MANIFEST).exists():
             _clear(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     write_bytes(marker, (json.dumps(plan, indent=1) + "\n").encode())
-    return folder
 
 
 def _clear(folder: Path) -> None:
     # The manifest first: from then on nothing finished stands here.
     (folder / MANIFEST).unlink(missing_ok=True)
     for entry in folder.iterdir():
-        if entry.suffix in (".npy", ".jsonl") or entry.name.startswith("."):
+        if entry.suffix in (".npy", ".jsonl") or _passing(entry):
             entry.unlink(missing_ok=True)
+
+
+def _passing(entry: Path) -> bool:
+    """Parts, the plan and temporary files."""
+    return entry.name.startswith(".") and entry.name != LOCK
 
 
 def finish(
@@ -151,7 +179,7 @@ def finish(
     body = {"settings": given, "inputs": found.inputs, "arrays": hashes, "results": figures, "places": found.places}
     write_bytes(path / MANIFEST, (json.dumps(head | body, indent=1) + "\n").encode())
     for entry in path.iterdir():
-        if entry.name.startswith("."):
+        if _passing(entry):
             entry.unlink(missing_ok=True)
     return found
 

@@ -128,48 +128,48 @@ def dedup(
     found = resolve_sources(sources, text_field)
     settings = {"threshold": threshold, "ngram": ngram, "num_perm": num_perm, "seed": seed, "text_field": text_field}
     inputs = {f"name{i}": source.name for i, source in enumerate(found)}
-    folder = begin(out, "dedup", settings, inputs, overwrite)
-    report = progress or (lambda done, stage: None)
+    with begin(out, "dedup", settings, inputs, overwrite) as folder:
+        report = progress or (lambda done, stage: None)
 
-    def documents() -> Iterator[tuple[int, Document]]:
-        for number, source in enumerate(found):
-            for item in source.read():
-                # What cannot be text is left to `build_dataset`'s own list; it is in no file that we write.
-                if not isinstance(item, Skipped) and item.text.strip() and _is_text(item.text):
-                    yield number, item
+        def documents() -> Iterator[tuple[int, Document]]:
+            for number, source in enumerate(found):
+                for item in source.read():
+                    # What cannot be text is left to `build_dataset`'s own list; it is in no file that we write.
+                    if not isinstance(item, Skipped) and item.text.strip() and _is_text(item.text):
+                        yield number, item
 
-    keys, digests = _sign(documents(), folder, ngram, num_perm, seed, workers, report, stop)
-    if not len(keys):
-        names = ", ".join(source.name for source in found)
-        raise ValueError(f"dedup: sources must hold text, got none in {names}")
-    reason, like, similarity = decide(keys, digests, threshold)
-    owner, sizes = np.zeros(len(keys), np.int64), np.zeros(len(keys), np.int64)
-    digest = hashlib.sha256()
-    temporary = folder / ".tmp-kept.jsonl"
-    with temporary.open("wb") as file:
-        for i, (number, item) in enumerate(documents()):
-            if i >= len(keys) or content_key(item.text.encode()) != keys[i].tobytes():
-                raise ValueError(f"dedup: sources must not change meanwhile, {item.name} did")
-            owner[i], sizes[i] = number, len(item.text.encode())
-            if reason[i] == KEPT:
-                record = {"text": item.text, "name": item.name, "source": found[number].name}
-                line = (json.dumps(record) + "\n").encode()
-                file.write(line)
-                digest.update(line)
-            report(i + 1, "writing")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / "kept.jsonl")
-    arrays: dict[str, NDArray] = {
-        "reason": reason,
-        "like": like,
-        "similarity": similarity,
-        "source": owner,
-        "bytes": sizes,
-    }
-    results = _results(reason, owner, sizes, [source.name for source in found])
-    results["content"] = hashlib.sha256(keys.tobytes()).hexdigest()
-    return finish(folder, "dedup", settings, inputs, arrays, results, files={"kept.jsonl": digest.hexdigest()})
+        keys, digests = _sign(documents(), folder, ngram, num_perm, seed, workers, report, stop)
+        if not len(keys):
+            names = ", ".join(source.name for source in found)
+            raise ValueError(f"dedup: sources must hold text, got none in {names}")
+        reason, like, similarity = decide(keys, digests, threshold)
+        owner, sizes = np.zeros(len(keys), np.int64), np.zeros(len(keys), np.int64)
+        digest = hashlib.sha256()
+        temporary = folder / ".tmp-kept.jsonl"
+        with temporary.open("wb") as file:
+            for i, (number, item) in enumerate(documents()):
+                if i >= len(keys) or content_key(item.text.encode()) != keys[i].tobytes():
+                    raise ValueError(f"dedup: sources must not change meanwhile, {item.name} did")
+                owner[i], sizes[i] = number, len(item.text.encode())
+                if reason[i] == KEPT:
+                    record = {"text": item.text, "name": item.name, "source": found[number].name}
+                    line = (json.dumps(record) + "\n").encode()
+                    file.write(line)
+                    digest.update(line)
+                report(i + 1, "writing")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / "kept.jsonl")
+        arrays: dict[str, NDArray] = {
+            "reason": reason,
+            "like": like,
+            "similarity": similarity,
+            "source": owner,
+            "bytes": sizes,
+        }
+        results = _results(reason, owner, sizes, [source.name for source in found])
+        results["content"] = hashlib.sha256(keys.tobytes()).hexdigest()
+        return finish(folder, "dedup", settings, inputs, arrays, results, files={"kept.jsonl": digest.hexdigest()})
 
 
 def _is_text(text: str) -> bool:

@@ -89,16 +89,18 @@ def embed(
     most = min(model.config.hidden_size, fitted - 1)
     if not 1 <= components <= most:
         raise ValueError(f"embed: components must lie in [1, {most}] (width of the model, examples), got {components}")
-    folder = begin(out, "embeddings", settings, inputs, overwrite)
-    sample = np.sort(permute(np.arange(fitted, dtype=np.int64), len(pool), f"fit:{seed}"))
-    raw = [embedder.raw(sample[i : i + BATCH]) for i in range(0, len(sample), BATCH)]
-    projection = fit_projection(np.concatenate(raw), components)
-    found = run_parts(folder, len(pool), PART, BATCH, lambda rows: embedder.projected(rows, projection), progress, stop)
-    arrays: dict[str, NDArray] = {
-        "embeddings": found, "mean": projection.mean, "scale": projection.scale, "components": projection.components
-    }  # fmt: skip
-    results = {"examples": len(pool), "explained_variance": projection.explained}
-    return finish(folder, "embeddings", settings, inputs, arrays, results, pool.places)
+    with begin(out, "embeddings", settings, inputs, overwrite) as folder:
+        sample = np.sort(permute(np.arange(fitted, dtype=np.int64), len(pool), f"fit:{seed}"))
+        raw = [embedder.raw(sample[i : i + BATCH]) for i in range(0, len(sample), BATCH)]
+        projection = fit_projection(np.concatenate(raw), components)
+        found = run_parts(
+            folder, len(pool), PART, BATCH, lambda rows: embedder.projected(rows, projection), progress, stop
+        )
+        arrays: dict[str, NDArray] = {
+            "embeddings": found, "mean": projection.mean, "scale": projection.scale, "components": projection.components
+        }  # fmt: skip
+        results = {"examples": len(pool), "explained_variance": projection.explained}
+        return finish(folder, "embeddings", settings, inputs, arrays, results, pool.places)
 
 
 def score(
@@ -116,16 +118,16 @@ def score(
     """Mean loss and SALT_DS score of all examples."""
     scorer = Scorer(model, pool, k=k, masked=masked)
     settings, inputs = {"k": k, "masked": masked}, {"model": weights, **pool.inputs}
-    folder = begin(out, "scores", settings, inputs, overwrite)
-    found = run_parts(folder, len(pool), PART, BATCH, scorer, progress, stop)
-    loss, values, learnable = found.T
-    results = {
-        "examples": len(pool), "mean_loss": float(loss.mean()), "mean_score": float(values.mean()),
-        "zero_scores": int((values == 0).sum()), "tokens_in_top_k": float(learnable.mean()),
-    }  # fmt: skip
-    columns = zip(("loss", "score", "learnable"), found.T)
-    arrays = {name: np.ascontiguousarray(column) for name, column in columns}
-    return finish(folder, "scores", settings, inputs, arrays, results, pool.places)
+    with begin(out, "scores", settings, inputs, overwrite) as folder:
+        found = run_parts(folder, len(pool), PART, BATCH, scorer, progress, stop)
+        loss, values, learnable = found.T
+        results = {
+            "examples": len(pool), "mean_loss": float(loss.mean()), "mean_score": float(values.mean()),
+            "zero_scores": int((values == 0).sum()), "tokens_in_top_k": float(learnable.mean()),
+        }  # fmt: skip
+        columns = zip(("loss", "score", "learnable"), found.T)
+        arrays = {name: np.ascontiguousarray(column) for name, column in columns}
+        return finish(folder, "scores", settings, inputs, arrays, results, pool.places)
 
 
 def cluster(
@@ -159,25 +161,25 @@ def cluster(
     inputs = {"embeddings": embeddings.hash, **pool.inputs}
     places = {"embeddings": str(embeddings.path), **pool.places}
     points = torch.from_numpy(embeddings.load("embeddings")).to(device)
-    folder = begin(out, "clusters", settings, inputs, overwrite)
-    if method == "balanced":
-        labels = balanced_kmeans(points, size, iterations=iterations, seed=seed)
-        counts = np.bincount(labels)
-        results: dict[str, Any] = {
-            "clusters": len(counts), "smallest": int(counts.min()), "largest": int(counts.max())
-        }  # fmt: skip
-        if scores is not None:
-            check_inputs("scores", pool, scores.inputs)
-            losses, sources = scores.load("loss"), pool.source(np.arange(len(pool)))
-            shuffled = labels[permute(np.arange(len(pool), dtype=np.int64), len(pool), f"partition:{seed}")]
-            results["scores"] = cluster_scores(labels, losses, sources).as_dict()
-            results["random_partition"] = cluster_scores(shuffled, losses, sources).as_dict()
-        return finish(folder, "clusters", settings, inputs, {"labels": labels}, results, places)
-    limit = float("inf") if max_diameter is None else max_diameter
-    tree = diameter_clusters(points, neighbors=neighbors, max_diameter=limit)
-    results = {"merges": len(tree.heights), "fewest_clusters": tree.num_clusters(np.inf)}
-    arrays = {"merges": tree.merges, "heights": tree.heights}
-    return finish(folder, "clusters", settings, inputs, arrays, results, places)
+    with begin(out, "clusters", settings, inputs, overwrite) as folder:
+        if method == "balanced":
+            labels = balanced_kmeans(points, size, iterations=iterations, seed=seed)
+            counts = np.bincount(labels)
+            results: dict[str, Any] = {
+                "clusters": len(counts), "smallest": int(counts.min()), "largest": int(counts.max())
+            }  # fmt: skip
+            if scores is not None:
+                check_inputs("scores", pool, scores.inputs)
+                losses, sources = scores.load("loss"), pool.source(np.arange(len(pool)))
+                shuffled = labels[permute(np.arange(len(pool), dtype=np.int64), len(pool), f"partition:{seed}")]
+                results["scores"] = cluster_scores(labels, losses, sources).as_dict()
+                results["random_partition"] = cluster_scores(shuffled, losses, sources).as_dict()
+            return finish(folder, "clusters", settings, inputs, {"labels": labels}, results, places)
+        limit = float("inf") if max_diameter is None else max_diameter
+        tree = diameter_clusters(points, neighbors=neighbors, max_diameter=limit)
+        results = {"merges": len(tree.heights), "fewest_clusters": tree.num_clusters(np.inf)}
+        arrays = {"merges": tree.merges, "heights": tree.heights}
+        return finish(folder, "clusters", settings, inputs, arrays, results, places)
 
 
 def select(
@@ -195,20 +197,21 @@ def select(
     chosen = _choose(step, pool, method, budget, seed)
     settings = {"method": method, "budget": budget, "seed": seed}
     inputs = {"step": step.hash, **pool.inputs}
-    folder = begin(out, "selection", settings, inputs, overwrite)
-    sources = pool.source(np.arange(len(pool)))
-    by_source = {
-        place: {"kept": int((sources[chosen.kept] == i).sum()), "of": int((sources == i).sum())}
-        for i, place in enumerate(pool.places.values())
-    }
-    reasons = {text: int((chosen.reason == code).sum()) for code, text in enumerate(REASONS)}
-    results = {
-        "kept": len(chosen.kept), "of": len(pool), "tokens": len(chosen.kept) * pool.seq_len, "by_source": by_source,
-        "reasons": {text: count for text, count in reasons.items() if count}, **chosen.figures,
-    }  # fmt: skip
-    arrays: dict[str, NDArray] = {"kept": chosen.kept, "reason": chosen.reason, "like": chosen.like}
-    places = {"step": str(step.path), **pool.places}
-    return finish(folder, "selection", settings, inputs, arrays, results, places)
+    with begin(out, "selection", settings, inputs, overwrite) as folder:
+        sources = pool.source(np.arange(len(pool)))
+        by_source = {
+            place: {"kept": int((sources[chosen.kept] == i).sum()), "of": int((sources == i).sum())}
+            for i, place in enumerate(pool.places.values())
+        }
+        reasons = {text: int((chosen.reason == code).sum()) for code, text in enumerate(REASONS)}
+        results = {
+            "kept": len(chosen.kept), "of": len(pool), "tokens": len(chosen.kept) * pool.seq_len,
+            "by_source": by_source, "reasons": {text: count for text, count in reasons.items() if count},
+            **chosen.figures,
+        }  # fmt: skip
+        arrays: dict[str, NDArray] = {"kept": chosen.kept, "reason": chosen.reason, "like": chosen.like}
+        places = {"step": str(step.path), **pool.places}
+        return finish(folder, "selection", settings, inputs, arrays, results, places)
 
 
 def _choose(step: Artifact, pool: Pool, method: str, budget: int, seed: int) -> Choice:

@@ -53,8 +53,8 @@ class Body(NamedTuple):
     @classmethod
     def of(cls, plan: Plan, **fixed: Any) -> "Body":
         """With what the plan says about all loops."""
-        shared = plan.shared.keys()
-        own = set().union(*plan.loops)
+        # Sets both: torch 2.11 compiles no operation between a set and a dictionary's keys.
+        shared, own = set(plan.shared), set().union(*plan.loops)
         uses_h = bool({"low_rank", "beta"} & (shared | own)) or "mix" in shared
         injects = bool({"e", "state_scale"} & shared) or "embedding" in own
         others = {"state_scale", "alpha", "beta", "low_rank", "norm_weight", "mix", "embedding"}

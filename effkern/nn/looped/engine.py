@@ -258,7 +258,8 @@ def _through(
     inputs = [*own, *read, *held.trained]
     # In every loop: a core may read another tensor in each. One that was frozen in forward gets no gradient.
     check_captured(outputs, [*inputs, *held.frozen])
-    found = torch.autograd.grad(outputs, inputs, arriving, retain_graph=keep_graph, allow_unused=True)
+    with sums.from_here(outputs):
+        found = torch.autograd.grad(outputs, inputs, arriving, retain_graph=keep_graph, allow_unused=True)
     for place, grad in zip(places, found[len(own) :]):
         if grad is not None:
             sums.add(place, grad)
@@ -274,6 +275,7 @@ class Sums:
         # Whether the total is ours to write into; the first gradient may be shared with others.
         self.ours = [False] * len(self.totals)
         self.stubs: dict[int, Tensor] = {}
+        self.tasks: set[int] = set()
         if main_grad:
             check_main_grads(params)
             for i, p in enumerate(params, count):
@@ -290,13 +292,32 @@ class Sums:
         else:
             self.totals[place], self.ours[place] = total + grad, True
 
-    def take(self, place: int, grad: Tensor) -> Tensor:
-        """Adds, and hands on something of no size instead, so that the gradient's memory is free for the next one."""
+    def take(self, place: int, grad: Tensor) -> Tensor | None:
+        """Adds, and hands on something of no size instead, so that the gradient's memory is free for the next one.
+
+        A gradient that another thread finds for the parameter meanwhile is left as it is.
+        """
+        if torch._C._current_graph_task_id() not in self.tasks:
+            return None
         self.add(place, grad)
         stub = self.stubs.get(place)
         if stub is None:
             stub = self.stubs[place] = grad.new_zeros(()).expand_as(grad)
         return stub
+
+    @contextmanager
+    def from_here(self, ends: list[GradientEdge]) -> Iterator[None]:
+        """What a backward pass from these finds is ours, on whichever of autograd's threads."""
+
+        def begins(_: Any) -> None:
+            self.tasks.add(torch._C._current_graph_task_id())
+
+        handles = [end.node.register_prehook(begins) for end in ends]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def of_parameters(self) -> Iterator[None]:

@@ -58,7 +58,7 @@ class GraphedLoops(nn.Module):
     Called like the block, in its mode "recompute" (exact; L S + k M bytes). Records at the first call for each shape,
     dtype, autocast state and structure of the arguments, for what trains and what is frozen, and for train() and
     eval() of every module; keep those few. Parameters are read where they were at that call: an optimizer that works in
-    place suits, moving the module does not.
+    place suits, moving the module does not. Calls share the buffers of a recording: from one thread, on one stream.
 
     Args:
         block: in mode "recompute", without loop_argument and without a sampler's with_gradient; its core draws no
@@ -176,7 +176,9 @@ class _Recorded:
         self.sums = [torch.zeros_like(x, dtype=wide(x.dtype)) for x in summed]
         self.row_grads = [torch.zeros_like(x) for x in self.row if x.requires_grad]
         self._refuse_randomness(start)
-        self.forward = recorder.record(self._forward)
+        # Streams and graphs are of the current device, which need not be that of the block.
+        with torch.cuda.device_of(start):
+            self.forward = recorder.record(self._forward)
         self.backward: Callable[[], None] | None = None
 
     def _forward(self) -> None:
@@ -202,7 +204,8 @@ class _Recorded:
 
     def record_backward(self) -> Callable[[], None]:
         if self.backward is None:
-            self.backward = self.recorder.record(self._backward)
+            with torch.cuda.device_of(self.state):
+                self.backward = self.recorder.record(self._backward)
         return self.backward
 
     def _refuse_randomness(self, start: Tensor) -> None:

@@ -50,7 +50,8 @@ def batched_eigh(matrices: Tensor, *, method: str = "auto", impl: str = "auto") 
         TypeError: no tensor, or a dtype other than float32 and float64.
         NotImplementedError: impl cannot run on the device, or covers no such n; matrices require a gradient.
 
-    Memory: the results; per thread 16 (float64) or 32 (float32) matrices. Deterministic, whatever the threads.
+    Memory: the results; per thread 16 (float64) or 32 (float32) matrices. Deterministic, "cpp" and "cuda" whatever the
+    number of threads.
     At most 40 sweeps, so that every call ends. "cuda" reads nothing on the host; torch.linalg.eigh, so "lapack" and
     "reference" on CUDA, waits for the device.
     Source: cyclic Jacobi as in Golub and Van Loan, Matrix Computations, section 8.5; stopping rule: Demmel and Veselic,

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from effkern import native
 from effkern.ops import registry
 
 _library = torch.library.Library("effkern", "FRAGMENT")
@@ -19,4 +20,5 @@ def _fake(matrices: Tensor, method: int) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+native.load_on_first_call(_library, "batched_eigh")
 registry.register("batched_eigh", registry.cpp(), registry.cuda(), registry.reference())

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effkern.ops import autocast
 from effkern.ops.distill.rows import DIVERGENCES
 from effkern.ops.distill.types import TeacherConfidence, TeacherTopK
 
@@ -71,7 +72,7 @@ def whole(name: str, x: Any, low: int, high: int) -> None:
 
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for `device`; some device types (meta) have none."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return autocast.autocasts(device.type)
 
 
 def same_dtype(name: str, x: Tensor, other_name: str, other: Tensor) -> None:

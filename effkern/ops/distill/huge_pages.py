@@ -12,6 +12,12 @@ from effkern import native
 _library = torch.library.Library("effkern", "FRAGMENT")
 _library.define("advise_huge_pages(Tensor x) -> ()")
 
+
+@torch.library.register_fake("effkern::advise_huge_pages", lib=_library)
+def _fake_advise(x: Tensor) -> None:
+    return None
+
+
 # Huge pages that a tensor covers whole are what counts.
 LEAST_BYTES = 8 << 20
 

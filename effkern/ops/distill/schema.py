@@ -50,7 +50,7 @@ def _run(
     labels: Tensor,
     scale: Tensor,
     omega: Tensor,
-    teacher: list[Tensor],
+    teacher: list[Tensor] | None,
     source: str,
     teacher_logit_scale: float,
     teacher_softcap: float | None,
@@ -58,7 +58,8 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = RowOptions(*rest[: len(RowOptions._fields)])
     vocab, compute_dtype, impl, check, needs, num_kept, *memory, weight_grad = rest[len(RowOptions._fields) :]
-    given = Source(source, tuple(teacher), teacher_logit_scale, teacher_softcap)
+    # A compiled package (AOTInductor) gives None for a list without tensors.
+    given = Source(source, tuple(teacher or ()), teacher_logit_scale, teacher_softcap)
     values.check_rows(labels, omega, options.ignore_index, vocab, num_kept)
     if check:
         values.check_teacher(given, options, labels, vocab)

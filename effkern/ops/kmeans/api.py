@@ -87,7 +87,7 @@ def _check(points: Any, centroids: Any, m: Any, chunk_bytes: Any) -> None:
         raise ValueError(f"{OP}: centroids must have {points.shape[1]} columns, got {centroids.shape[1]}")
     if centroids.device != points.device:
         raise ValueError(f"{OP}: centroids must be on {points.device}, got {centroids.device}")
-    for name, value, most in (("m", m, min(len(centroids), MAX_M)), ("chunk_bytes", chunk_bytes, 2**62)):
+    for name, value, most in (("m", m, min(centroids.shape[0], MAX_M)), ("chunk_bytes", chunk_bytes, 2**62)):
         if value is None and name == "chunk_bytes":
             continue
         if isinstance(value, bool) or not isinstance(value, int):

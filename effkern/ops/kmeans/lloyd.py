@@ -39,9 +39,9 @@ def kmeans_update(points_ND: Tensor, labels: Tensor, num_clusters: int, *, impl:
 
     Memory: O(N + K D). Deterministic: the order of the additions follows from labels alone.
     """
-    if labels.shape != (len(points_ND),) or labels.dtype != torch.int64:
+    if labels.shape != points_ND.shape[:1] or labels.dtype != torch.int64:
         got = f"{labels.dtype} {list(labels.shape)}"
-        raise ValueError(f"kmeans_update: labels must be int64 [{len(points_ND)}], got {got}")
+        raise ValueError(f"kmeans_update: labels must be int64 [{points_ND.shape[0]}], got {got}")
     if labels.device.type == "cpu" and labels.numel():
         low, high = (int(x) for x in labels.aminmax())
         if low < -1 or high >= num_clusters:

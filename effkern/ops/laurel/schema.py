@@ -68,7 +68,8 @@ def _without_autocast(x: Tensor) -> AbstractContextManager:
 
 def _forward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *problem, impl = arguments
-    problem[7] = tuple(problem[7])
+    # A compiled package (AOTInductor) gives None for a list without tensors.
+    problem[7] = tuple(problem[7] or ())
     p = driver.Problem(*problem)
     # The products have their types already.
     with _without_autocast(p.x_ND):
@@ -84,7 +85,7 @@ def _forward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _backward(*arguments) -> tuple:
     *problem, impl, y, own, rstd, grad_y, grad_normed, grad_own = arguments
-    problem[7] = tuple(problem[7])
+    problem[7] = tuple(problem[7] or ())
     p = driver.Problem(*problem)
     with _without_autocast(p.x_ND):
         result = driver.Result(y, None, own, rstd)

@@ -84,7 +84,7 @@ def _named(groups: Any) -> list[tuple[str, Sequence[Tensor]]]:
     return named
 
 
-def _check(name: str, tensors: Any, block: int, first: Tensor | None) -> Tensor:
+def _check(name: str, tensors: Any, block: int, first: Tensor | None) -> Tensor | None:
     """`first`: the first tensor of all groups, which is returned; None in the first group."""
     if not isinstance(tensors, (list, tuple, torch.nn.ParameterList)):
         raise TypeError(f"{OP}: {name} must be a sequence of tensors, got {type(tensors).__name__}")
@@ -102,9 +102,10 @@ def _check(name: str, tensors: Any, block: int, first: Tensor | None) -> Tensor:
         if t.shape != tensors[0].shape:
             rule = f"have the shape of {name}[0], {tuple(tensors[0].shape)}"
             raise ValueError(f"{OP}: {name}[{i}] must {rule}, got {tuple(t.shape)}")
-        if first is not None and t.device != first.device:
+        first = t if first is None else first
+        if t.device != first.device:
             raise ValueError(f"{OP}: {name}[{i}] must be on {first.device}, got {t.device}")
-    return tensors[0] if first is None else first
+    return first
 
 
 def _choose(impl: str, tensors: Sequence[Tensor]) -> str:

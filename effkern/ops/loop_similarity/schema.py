@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from effkern import native
 from effkern.ops import registry
 
 _library = torch.library.Library("effkern", "FRAGMENT")
@@ -48,4 +49,5 @@ for _name, _fake, _triton in (("fwd", _fake_fwd, _triton_fwd), ("bwd", _fake_bwd
         torch.library.register_fake(_op, _fake, lib=_library)
 
 
+native.load_on_first_call(_library, "loop_similarity_fwd", "loop_similarity_bwd")
 registry.register("loop_similarity", registry.cpp(), registry.triton(), registry.reference())

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from effkern import native
 from effkern.ops import registry
 from effkern.ops.loop_step.checks import OP
 
@@ -88,4 +89,5 @@ for _name, _schema, _fake, _triton in (
         torch.library.register_fake(_op, _fake, lib=_library)
 
 
+native.load_on_first_call(_library, "loop_step_fwd", "loop_step_bwd")
 registry.register(OP, registry.cpp(), registry.triton(), registry.reference())

@@ -56,9 +56,9 @@ def mean_pool(
     _matrix("mean_pool", "table", table_VD, impl)
     _vector("mean_pool", "ids", ids, (torch.int64, torch.int32), table_VD.device)
     ignored = [_ignored(name, x) for name, x in (("pad", pad), ("eod", eod))]
-    _offsets("mean_pool", offsets, len(ids), table_VD.device)
+    _offsets("mean_pool", offsets, ids.shape[0], table_VD.device)
     if not torch.compiler.is_compiling() and ids.device.type == "cpu" and ids.numel():
-        _check_ids(ids, ignored, len(table_VD))
+        _check_ids(ids, ignored, table_VD.shape[0])
     chosen = _choose("mean_pool", impl, table_VD)
     arguments: tuple[Any, ...] = (table_VD, ids, offsets, *ignored, bool(normalize))
     if chosen == "reference":
@@ -98,9 +98,9 @@ def norm_mean_pool(
     """
     op_name = "norm_mean_pool"
     _matrix(op_name, "hidden", hidden_TD, impl)
-    _offsets(op_name, offsets, len(hidden_TD), hidden_TD.device)
+    _offsets(op_name, offsets, hidden_TD.shape[0], hidden_TD.device)
     if keep is not None:
-        _vector(op_name, "keep", keep, (torch.bool,), hidden_TD.device, len(hidden_TD))
+        _vector(op_name, "keep", keep, (torch.bool,), hidden_TD.device, hidden_TD.shape[0])
     if norm_weight is not None:
         kinds = (hidden_TD.dtype, torch.float32)
         _vector(op_name, "norm_weight", norm_weight, kinds, hidden_TD.device, hidden_TD.shape[1])

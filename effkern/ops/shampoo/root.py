@@ -89,7 +89,8 @@ def inverse_root(
         NotImplementedError: impl does not cover the device, dtype or method.
 
     Memory: on the CPU three matrices per thread, for eigh five, of which two may be float64; iterations keep six
-    batches. No host synchronisation but in eigh on CUDA, which is the library's. Deterministic.
+    batches. No host synchronisation but in eigh on CUDA, which is the library's. Deterministic, impl="reference" for
+    a given number of threads.
 
     There is no warm start: a root of the factor before does not commute with the new one, so that Newton's step from it
     diverges and the coupled pair of C converges to C (A C)^(-1/2) (python -m benchmarks.ops.shampoo_precision --warm).

@@ -2,7 +2,9 @@
 
 import torch
 from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
 
+from effkern import native
 from effkern.ops import registry
 
 _library = torch.library.Library("effkern", "FRAGMENT")
@@ -74,17 +76,22 @@ for _name, _fake in (
         torch.library.register_fake(_op, _fake, lib=_library)
 
 
+def _has_lapack() -> bool:
+    # A question to this process: torch.export would write it into the program.
+    with no_dispatch():
+        return torch.ops.effkern.shampoo_lapack()
+
+
 def _cpp() -> registry.Implementation:
     compiled = registry.cpp()
 
     def unavailable(device: torch.device) -> str | None:
         reason = compiled.unavailable(device)
-        if reason is None and not torch.ops.effkern.shampoo_lapack():
-            return "this libtorch has no LAPACK"
-        return reason
+        return reason if reason is not None or _has_lapack() else "this libtorch has no LAPACK"
 
     return registry.Implementation(compiled.name, unavailable)
 
 
+native.load_on_first_call(_library, *(f"shampoo_{name}" for name in _SCHEMAS))
 for _name in ("shampoo_gram_ema_", "shampoo_inverse_root", "shampoo_apply_"):
     registry.register(_name, _cpp(), registry.triton(), registry.reference())

@@ -68,12 +68,13 @@ def product(
     tiles = down * (down + 1) // 2 if mirror else down * across
     c_or_out = out if c is None else c
     assert c_or_out.stride(2) == out.stride(2) == 1 or columns == 1
-    product_kernel[(tiles, batch)](
-        x, y, c_or_out, out, out if keep is None else keep, rows, columns, depth, *x.stride(), *y.stride(),
-        *c_or_out.stride()[:2], *out.stride()[:2], alpha, beta, HAS_C=c is not None, HAS_KEEP=keep is not None,
-        MIRROR=mirror, PRECISION=precision, BLOCK=launch.block, DEPTH=launch.depth, num_warps=launch.warps,
-        num_stages=launch.stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(out):
+        product_kernel[(tiles, batch)](
+            x, y, c_or_out, out, out if keep is None else keep, rows, columns, depth, *x.stride(), *y.stride(),
+            *c_or_out.stride()[:2], *out.stride()[:2], alpha, beta, HAS_C=c is not None, HAS_KEEP=keep is not None,
+            MIRROR=mirror, PRECISION=precision, BLOCK=launch.block, DEPTH=launch.depth, num_warps=launch.warps,
+            num_stages=launch.stages,
+        )  # fmt: skip
     return out
 
 

@@ -150,7 +150,8 @@ def _call(
     elif positions.dtype != torch.int64:
         _fail(TypeError, "positions", "be int64", positions.dtype)
     elif positions.shape != (hidden.shape[0],) or positions.device != hidden.device:
-        _fail(ValueError, "positions", f"have shape [{hidden.shape[0]}] on {hidden.device}", list(positions.shape))
+        got = f"{list(positions.shape)} on {positions.device}"
+        _fail(ValueError, "positions", f"have shape [{hidden.shape[0]}] on {hidden.device}", got)
     elif not positions.is_contiguous():
         _fail(ValueError, "positions", "be contiguous", f"stride {positions.stride(0)}")
     chosen = _choose(impl, hidden)

@@ -83,7 +83,7 @@ def uniforms(positions_R: Tensor, draws: int, seed: int) -> Tensor:
     A splitmix64 stream that starts at mix(mix(seed) + position).
     """
     device = positions_R.device
-    start = _mix(_mix(torch.tensor(seed, device=device)) + positions_R)
+    start = _mix(_mix(torch.full((), seed, dtype=torch.int64, device=device)) + positions_R)
     steps = torch.arange(1, draws + 1, device=device) * _GOLDEN
     return _unsigned_shift(_mix(start[:, None] + steps), 11).double() * 2.0**-53
 

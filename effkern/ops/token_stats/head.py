@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from effkern.ops import registry
+from effkern.ops.autocast import autocasts
 from effkern.ops.token_stats import schema as schema
 from effkern.ops.token_stats.api import LabelStats
 
@@ -88,9 +89,8 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _autocasts(x: Tensor) -> bool:
-    # Some device types (meta) have no autocast; it leaves float64 alone.
-    device = x.device.type
-    return x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # It leaves float64 alone.
+    return x.dtype != torch.float64 and autocasts(x.device.type)
 
 
 def _choose(impl: str, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> str:

@@ -6,6 +6,7 @@
 import torch
 from torch import Tensor
 
+from effkern import native
 from effkern.ops import registry
 from effkern.ops.token_stats import chunks
 
@@ -22,6 +23,8 @@ def _(logits: Tensor, labels: Tensor, ignore_index: int, vocab_valid: int) -> tu
     return loss, torch.empty_like(loss), torch.empty_like(loss), labels.new_empty(labels.shape)
 
 
+_library = torch.library.Library("effkern", "FRAGMENT")
+native.load_on_first_call(_library, "label_rank")
 registry.register("label_rank", registry.cuda(), registry.cpp(), registry.reference())
 
 torch.library.define(

@@ -48,7 +48,7 @@ class Watch:
                 copy = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
                 copy.copy_(counts, non_blocking=True)
                 event = torch.cuda.Event()
-                event.record()
+                event.record(torch.cuda.current_stream(counts.device))
                 self._pending.append((kind, names, copy, event))
 
     def _arrived(self) -> Counters:

@@ -217,8 +217,14 @@ class Shampoo(torch.optim.Optimizer):
         Raises:
             TypeError: a gradient is sparse; nothing was changed.
             ValueError: an option breaks a rule by now, or a weight is no matrix in memory; nothing was changed.
-            RuntimeError: a root or a gradient failed max_failures times in a row; all else has taken the step.
+            RuntimeError: a root or a gradient failed max_failures times in a row; all else has taken the step. Or a
+                CUDA graph is being captured, which would repeat the host's numbers of this one step.
         """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "Shampoo: step must not be captured in a CUDA graph, as the host counts steps and says when roots are "
+                "due; effkern.ops.shampoo.gram_ema_ and apply_ can be"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():

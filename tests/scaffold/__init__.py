@@ -1,0 +1,1 @@
+"""Writes a new op, working and tested, from template/: python -m tests.scaffold NAME."""
