@@ -5,7 +5,8 @@
     python -m benchmarks.ops.distill_catalogue --memory               and the peak of every variant (slow)
     python -m benchmarks.ops.distill_catalogue --chunks               effkern in chunks of 8 to 128 MiB of logits
 
-Within a row the variants take turns; rows are independent runs. The floor is torch.mm on the same data.
+Within a row the variants take turns; rows are independent runs. The floor is torch.mm on the same data. malloc keeps
+freed memory, as in a training process.
 """
 
 import argparse
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
+    runner.keep_memory()
     if a.chunks:
         a.variants = ["products", *distill.CHUNKS]
     rows: list[dict] = []
