@@ -139,7 +139,7 @@ class Side:
             self.validate = lambda: other.validate(rows)
             trainer.teacher = None
             return
-        from effkern.train.evaluate import evaluate
+        from effkern.train.evaluation import evaluate
 
         def step(number: int) -> tuple[float, float]:
             result, _ = trainer.step(number)

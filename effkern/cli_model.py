@@ -98,7 +98,7 @@ def _on_split(
     import math
 
     from effkern.data import PackedDataset, val_batches
-    from effkern.train.evaluate import evaluate as measure
+    from effkern.train.evaluation import evaluate as measure
 
     dataset = PackedDataset(data)
     if dataset.manifest.tokenizer.sha256 != loaded.inputs.tokenizer:

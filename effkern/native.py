@@ -54,11 +54,15 @@ def load_on_first_call(library: torch.library.Library, *names: str) -> None:
 
 def _first_call(name: str, *arguments: Any) -> Any:
     """A kernel of the module, once that is there, comes before this one."""
-    device = next(x.device for x in tree_leaves(arguments) if isinstance(x, torch.Tensor))
+    devices = {x.device for x in tree_leaves(arguments) if isinstance(x, torch.Tensor)}
+    # As the dispatcher has it: a tensor on another device counts for more than one on the CPU.
+    device = max(devices, key=lambda d: d.type != "cpu", default=torch.device("cpu"))
     module, key = ("_C_cuda", "CUDA") if device.type == "cuda" else ("_C", "CPU")
-    reason = load(module)
+    reason = load(module) if device.type in ("cpu", "cuda") else "it has kernels for CPU and CUDA"
     if reason is None and not torch._C._dispatch_has_kernel_for_dispatch_key(f"effkern::{name}", key):
         reason = f"effkern.{module} has no kernel for it"
+    if not devices:
+        reason = "it got no tensor, which would say which kernel to take"
     if reason is not None:
         raise NotImplementedError(f"effkern::{name} cannot run on {device}: {reason}")
     return getattr(torch.ops.effkern, name)(*arguments)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
 from torch.utils._pytree import tree_leaves
 
@@ -285,6 +286,19 @@ def test_an_operator_whose_module_is_missing_says_so(monkeypatch):
     monkeypatch.setattr(native, "load", lambda module: f"effkern.{module} was not built")
     with pytest.raises(NotImplementedError, match=r"effkern::mean_pool cannot run on cpu: effkern\._C was not built"):
         native._first_call("mean_pool", torch.ones(3, 2))
+
+
+def test_an_operator_that_no_module_can_run_says_so(monkeypatch):
+    """And does not call itself for ever: the dispatcher takes CUDA's kernel if any tensor is there."""
+    monkeypatch.setattr(native, "load", lambda module: None if module == "_C" else "it is not there")
+    with FakeTensorMode():
+        on_cuda = torch.empty(3, 2, device="cuda")
+    with pytest.raises(NotImplementedError, match="effkern::mean_pool cannot run on cuda:0: it is not there"):
+        native._first_call("mean_pool", torch.ones(3, 2), on_cuda)
+    with pytest.raises(NotImplementedError, match="cannot run on meta: it has kernels for CPU and CUDA"):
+        native._first_call("mean_pool", torch.ones(3, 2), torch.ones(3, device="meta"))
+    with pytest.raises(NotImplementedError, match="effkern::loop_similarity_fwd cannot run on cpu: it got no tensor"):
+        torch.ops.effkern.loop_similarity_fwd([], [0], 2)
 
 
 def test_a_program_of_the_reference_needs_torch_alone(tmp_path):

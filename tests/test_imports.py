@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -69,6 +70,19 @@ def test_names_for_later_are_those_that_type_checkers_see():
         assert getattr(module, key) is getattr(import_module(home), key)
     with pytest.raises(AttributeError, match=f"module '{name}' has no attribute 'nothing'"):
         module.nothing  # noqa: B018
+
+
+def test_a_name_for_later_is_never_that_of_a_module():
+    """Which would stand in its place once anything has imported it: `Trainer` brings the module of `evaluate` along."""
+    for package in ("effkern.train", "effkern.optim", "effkern.data.curation"):
+        module = import_module(package)
+        names = getattr(module, "_HOME", None) or module._HOMES
+        assert len(names) > 5
+        assert set(names) & {found.name for found in pkgutil.iter_modules(module.__path__)} == set()
+    from effkern.train import Trainer, evaluate
+
+    assert callable(evaluate)
+    assert evaluate.__module__ != Trainer.__module__ == "effkern.train.loop"
 
 
 def test_the_extras_are_those_of_the_distribution():

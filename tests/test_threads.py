@@ -120,6 +120,88 @@ def test_a_module_shared_by_threads(name):
             assert_same(found, truth)
 
 
+class Meeting(nn.Module):
+    """Where it is run again in backward, a thread shows that it is there, and gives another one the time to come."""
+
+    def __init__(self, own: threading.Event, other: threading.Event) -> None:
+        super().__init__()
+        self.own, self.other = own, other
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.own.set()
+            self.other.wait(0.3)
+        return x.clone()
+
+
+def test_blocks_that_share_a_weight_keep_its_hooks():
+    """Two blocks with first parameters of their own and one hooked weight, each in a thread: one after the other."""
+    torch.manual_seed(0)
+    shared, calls = nn.Linear(4, 4), []
+    shared.weight.register_hook(lambda grad: calls.append(1) or 2 * grad)
+    here, there = threading.Event(), threading.Event()
+    blocks = [
+        LoopedBlock(nn.Sequential(nn.Linear(4, 4), shared, Meeting(*events)), 2, dim=4)
+        for events in ((here, there), (there, here))
+    ]
+    x = torch.randn(3, 4)
+
+    def job(block: LoopedBlock) -> list[Tensor]:
+        return list(torch.autograd.grad(block(x).square().sum(), [shared.weight, *block.core[0].parameters()]))
+
+    here.set(), there.set()
+    expected = [job(block) for block in blocks]
+    here.clear(), there.clear(), calls.clear()
+    for found, truth in zip(at_once([lambda b=b: job(b) for b in blocks]), expected):
+        assert_same(found, truth)
+    assert calls == [1, 1]
+    assert len(shared.weight._backward_hooks) == 1
+
+
+FORK = """
+import os, signal, threading
+import torch
+from effkern.nn import LoopedBlock
+from effkern.nn.looped.hooks import hooks_aside
+from effkern.ops import addresses
+core = torch.nn.Linear(4, 4)
+block, x = LoopedBlock(core, 2, dim=4), torch.ones(1, 4)
+held, done = threading.Event(), threading.Event()
+
+def hold():
+    with hooks_aside(list(core.parameters())):
+        held.set()
+        done.wait()
+
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait()
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    block(x).sum().backward()
+    assert addresses.table([1, 2], torch.device("cpu")).tolist() == [1, 2]
+    os._exit(7)
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+done.set()
+thread.join()
+block(x).sum().backward()
+assert addresses.table([1, 2], torch.device("cpu")).tolist() == [1, 2]
+print(status)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="is about fork")
+def test_a_forked_process_waits_for_no_thread_of_its_parent():
+    """A worker that a DataLoader forks while another thread is in the backward of a block."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORK], cwd=Path(__file__).parents[1], capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == "7\n"
+
+
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "OneSidedShampoo": lambda m: OneSidedShampoo(m.parameters(), lr=0.01),
     "Shampoo": lambda m: Shampoo(m.parameters(), lr=0.01),

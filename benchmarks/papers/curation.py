@@ -35,7 +35,7 @@ from effkern.data.curation import Artifact, Pool, balanced_kmeans, cluster_score
 from effkern.data.curation.artifact import MANIFEST
 from effkern.data.order import permute
 from effkern.models import Decoder
-from effkern.train.evaluate import evaluate
+from effkern.train.evaluation import evaluate
 from effkern.train.restore import load_model, weights_digest
 
 LENGTH, ROWS, VOCAB = 128, 16, 4096

@@ -31,7 +31,7 @@ from effkern.data import BatchOrder, PackedDataset, build_dataset, val_batches
 from effkern.models import Decoder, DecoderConfig, count_parameters
 from effkern.ops.distill import linear_distill_loss
 from effkern.train.config import OptimizerConfig, ShampooConfig
-from effkern.train.evaluate import evaluate
+from effkern.train.evaluation import evaluate
 from effkern.train.optimizer import build_optimizer, set_rate, split_decay
 from effkern.train.schedules import learning_rate
 

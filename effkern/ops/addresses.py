@@ -1,5 +1,6 @@
 """Tables on a device for kernels that take many tensors in one launch: addresses, and what else is said of each."""
 
+import os
 import threading
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,6 +22,9 @@ _MOST = 64
 # A graph reads what it was captured with for as long as it lives.
 _CAPTURED: dict[int, Tensor] = {}
 _LOCK = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    # A process that is forked while another thread has it would wait for ever.
+    os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
 
 
 def table(numbers: Sequence[int], device: torch.device) -> Tensor:

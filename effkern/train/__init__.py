@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from effkern.train.checkpoint import CheckpointError as CheckpointError
     from effkern.train.config import TrainConfig as TrainConfig
-    from effkern.train.evaluate import EvalResult as EvalResult
-    from effkern.train.evaluate import evaluate as evaluate
+    from effkern.train.evaluation import EvalResult as EvalResult
+    from effkern.train.evaluation import evaluate as evaluate
     from effkern.train.loop import Trainer as Trainer
     from effkern.train.loop import TrainingDiverged as TrainingDiverged
     from effkern.train.loop import TrainResult as TrainResult
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 _HOME = {
     "CheckpointError": "checkpoint",
     "TrainConfig": "config",
-    "EvalResult": "evaluate",
-    "evaluate": "evaluate",
+    "EvalResult": "evaluation",
+    "evaluate": "evaluation",
     "Trainer": "loop",
     "TrainingDiverged": "loop",
     "TrainResult": "loop",

@@ -13,7 +13,7 @@ from effkern.models import count_parameters
 from effkern.train.config import TrainConfig
 from effkern.train.device import choose_device, choose_precision
 from effkern.train.estimate import estimate
-from effkern.train.evaluate import evaluate
+from effkern.train.evaluation import evaluate
 from effkern.train.features import tokens_of
 from effkern.train.plots import plot_ablation
 from effkern.train.restore import load_model

@@ -19,7 +19,7 @@ from effkern.train.checkpoint import Checkpoint, CheckpointError, load_newest, s
 from effkern.train.config import FREE_PATHS, TrainConfig
 from effkern.train.dashboard import dashboard_for
 from effkern.train.device import choose_device, choose_precision, set_threads
-from effkern.train.evaluate import EvalResult, evaluate
+from effkern.train.evaluation import EvalResult, evaluate
 from effkern.train.feed import Feed, order_of
 from effkern.train.lock import RunLock
 from effkern.train.log import NoLog, RunLog, read_log

@@ -190,3 +190,25 @@ def test_an_empty_batch(mode):
     block = stack(torch.float64, norm=True, injection="gate", check_finite=True)
     block(x, mode=mode).sum().backward()
     assert all((p.grad == 0).all() for p in block.parameters())
+
+
+class Returned(nn.Module):
+    """Hands out a parameter as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.randn(5, DIM))
+
+    def forward(self, h):
+        return self.p
+
+
+@pytest.mark.parametrize("mode", OURS, ids=str)
+@pytest.mark.parametrize("options", [{}, {"residual": "euler"}, {"injection": "add", "norm": True}], ids=str)
+def test_a_core_that_returns_a_parameter(options, mode):
+    """The backward of a loop begins where the parameter's gradient ends."""
+    layer, start = Returned(), torch.randn(5, DIM)
+    block = LoopedBlock([layer], LOOPS, dim=DIM, **options)
+    found, truth = (torch.autograd.grad(block(start, mode=each).sin().sum(), layer.p)[0] for each in (mode, "autograd"))
+    assert truth.norm() > 0
+    assert rel_err(found, truth.double()) < 1e-6

@@ -13,7 +13,7 @@ from effkern.data import build_dataset, val_batches
 from effkern.models import LaurelConfig, count_parameters
 from effkern.train.ablate import Ablation, AblationInterrupted, is_done, run_ablation
 from effkern.train.config import ScheduleConfig, TeacherConfig
-from effkern.train.evaluate import evaluate
+from effkern.train.evaluation import evaluate
 from effkern.train.features import FEATURES, arms, default_stages, parse_feature
 from effkern.train.loop import Trainer
 from effkern.train.mapping import differences

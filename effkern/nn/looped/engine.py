@@ -260,8 +260,8 @@ def _through(
     check_captured(outputs, [*inputs, *held.frozen])
     with sums.from_here(outputs):
         found = torch.autograd.grad(outputs, inputs, arriving, retain_graph=keep_graph, allow_unused=True)
-    for place, grad in zip(places, found[len(own) :]):
-        if grad is not None:
+    for place, grad in zip([*places, *range(sums.count, len(sums.totals))], found[len(own) :], strict=True):
+        if grad is not None and grad is not sums.stubs.get(place):
             sums.add(place, grad)
     return found[0] if own else None
 
@@ -295,7 +295,8 @@ class Sums:
     def take(self, place: int, grad: Tensor) -> Tensor | None:
         """Adds, and hands on something of no size instead, so that the gradient's memory is free for the next one.
 
-        A gradient that another thread finds for the parameter meanwhile is left as it is.
+        A gradient that another thread finds for the parameter meanwhile is left as it is, and that of a parameter at
+        which the pass begins, as the core returned it.
         """
         if torch._C._current_graph_task_id() not in self.tasks:
             return None

@@ -1,5 +1,6 @@
 """A parameter's own hooks are for its one gradient at the end, and not for that of each loop."""
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,8 @@ from torch import Tensor
 def hooks_aside(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Without the hooks that torch.Tensor.register_hook has put on these.
 
-    Threads that train one block take turns: each would find, and keep, the hooks of the others.
+    Threads that train one block, or blocks that share some of these, take turns: each would find, and keep, the hooks
+    of the others.
     """
     with _turn(tensors):
         aside = [(x, dict(x._backward_hooks)) for x in tensors if x._backward_hooks]
@@ -26,30 +28,45 @@ def hooks_aside(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 class _Turn:
     def __init__(self) -> None:
-        # A core may hold a block with the same first parameter, whose backward runs within this one.
+        # A core may hold a block, whose backward runs within this one.
         self.lock = threading.RLock()
         self.users = 0
 
 
-# By the first parameter of a block, for as long as some thread is there; modules with locks could not be copied.
+# By tensor, as blocks may share some; for as long as some thread is there; modules with locks could not be copied.
 _TURNS: dict[int, _Turn] = {}
 _CHANGING = threading.Lock()
 
 
 @contextmanager
 def _turn(tensors: Sequence[Tensor]) -> Iterator[None]:
-    if not tensors:
-        yield
-        return
-    key = id(tensors[0])
+    # All threads in one order: none waits for a tensor of one that waits for its own.
+    keys = sorted({id(x) for x in tensors})
     with _CHANGING:
-        turn = _TURNS.setdefault(key, _Turn())
-        turn.users += 1
+        turns = [_TURNS.setdefault(key, _Turn()) for key in keys]
+        for turn in turns:
+            turn.users += 1
+    held: list[_Turn] = []
     try:
-        with turn.lock:
-            yield
+        for turn in turns:
+            turn.lock.acquire()
+            held.append(turn)
+        yield
     finally:
+        for turn in held:
+            turn.lock.release()
         with _CHANGING:
-            turn.users -= 1
-            if not turn.users:
-                del _TURNS[key]
+            for key, turn in zip(keys, turns):
+                turn.users -= 1
+                if not turn.users:
+                    _TURNS.pop(key, None)
+
+
+def _in_child() -> None:
+    # Threads that had a turn are not in a process that was forked meanwhile, such as a DataLoader's worker.
+    _TURNS.clear()
+    _CHANGING.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_CHANGING.acquire, after_in_parent=_CHANGING.release, after_in_child=_in_child)
