@@ -218,7 +218,10 @@ def main(arguments: list[str]) -> int:
             records[name] = record(name, rows, cluster, a, Path(folder))
             print(table([records[name]]).splitlines()[-1], flush=True)
             if a.json:
-                a.json.write_text(json.dumps(list(records.values()), indent=1) + "\n")
+                # Whole or as before: a call that is ended here loses no earlier one's records.
+                temporary = a.json.with_name(f".{a.json.name}.tmp")
+                temporary.write_text(json.dumps(list(records.values()), indent=1) + "\n")
+                os.replace(temporary, a.json)
     print(f"\n{table(list(records.values()))}")
     return 0
 

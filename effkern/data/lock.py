@@ -3,6 +3,7 @@
 The file says who that is, and stays: what holds is the system's lock, not the file.
 """
 
+import errno
 import os
 import shlex
 import socket
@@ -17,6 +18,8 @@ from types import TracebackType
 TRIES, PAUSE_S = 5, 0.02
 SHOWN = 160
 """Characters of a command line."""
+# Folders on a network without a service of locks, and the like.
+WITHOUT = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 class InUse(RuntimeError):
@@ -24,8 +27,8 @@ class InUse(RuntimeError):
 
 
 class FileLock:
-    """Context manager: holds the lock on `path`, a file in a folder that exists. Where the system has no flock, nobody
-    is kept out.
+    """Context manager: holds the lock on `path`, a file in a folder that exists. Where the system or the file system
+    has no flock, nobody is kept out.
 
     Where another process (or another FileLock of this one) holds it, raises what `refuse` makes of who that is.
     """
@@ -38,17 +41,20 @@ class FileLock:
         # Not inherited: a worker that outlives its parent does not hold what the parent held.
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         tries = TRIES
-        while not _lock(handle, exclusive=True):
-            tries -= 1
-            if not tries:
-                os.close(handle)
-                raise self._refuse(_read(self.path))
-            time.sleep(PAUSE_S)
+        try:
+            while not _lock(handle, exclusive=True):
+                tries -= 1
+                if not tries:
+                    raise self._refuse(_read(self.path))
+                time.sleep(PAUSE_S)
+        except BaseException:
+            os.close(handle)
+            raise
         self._handle = handle
         # On a full disk the lock holds without a name.
         with suppress(OSError):
             os.ftruncate(handle, 0)
-            os.write(handle, _this_process().encode())
+            os.write(handle, _this_process().encode("utf-8", "backslashreplace"))
         return self
 
     def __exit__(
@@ -80,6 +86,9 @@ def _lock(handle: int, *, exclusive: bool) -> bool:
         fcntl.flock(handle, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in WITHOUT:
+            raise
     return True
 
 
@@ -93,4 +102,7 @@ def _this_process() -> str:
 
 
 def _read(path: Path) -> str:
-    return path.read_text("utf-8", errors="replace") or "another process"
+    """What the file says, in one line that a terminal can show."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        text = file.read(4 * SHOWN)
+    return "".join(c if c.isprintable() else " " for c in text).strip() or "another process"

@@ -28,7 +28,7 @@ class Run:
     step: int
     """Of the newest readable checkpoint, or of the last record."""
     finished: bool
-    """All steps of the config are done, and the result is written."""
+    """All steps of the config are done, and the result is written; or it is a merged model."""
     evals: list[dict[str, Any]] = field(repr=False)
     trained: list[dict[str, Any]] = field(repr=False)
     """Records of training steps."""
@@ -120,7 +120,8 @@ def read_run(path: Path) -> Run:
     trained = [record for record in records if record["kind"] == "train"]
     step = meta.get("step", trained[-1]["step"] if trained else 0)
     config = meta.get("config", {})
-    done = _result_step(path) == config.get("schedule", {}).get("steps", -1)
+    # What a fine-tuning leaves beside its run has no steps of its own.
+    done = "merged" in meta or _result_step(path) == config.get("schedule", {}).get("steps", -1)
     return Run(path, config, step, done, evals, trained, tuple(problems), trained_by(path))
 
 

@@ -1,5 +1,6 @@
 """One writer at a time: a second is refused and told who the first is; a killed one blocks nobody."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -78,3 +79,38 @@ def test_the_lock_falls_with_an_error_and_not_by_looking_at_it(tmp_path):
     assert holder(path) is None
     with FileLock(path, RuntimeError):
         assert holder(path) is not None
+
+
+def test_any_command_line_is_told_in_one_line(tmp_path, monkeypatch):
+    path = tmp_path / "lock"
+    # As the system gives names that are not UTF-8.
+    monkeypatch.setattr(sys, "argv", ["effkern", "train", "\udcff.toml", "two\nlines\x1b[2J"])
+    with FileLock(path, RuntimeError), pytest.raises(RuntimeError, match="process") as refused:
+        FileLock(path, RuntimeError).__enter__()
+    assert str(refused.value).endswith(r": effkern train '\udcff.toml' 'two lines [2J'")
+    path.write_bytes(b"\x00\xff")
+    with path.open() as held:
+        import fcntl
+
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert holder(path) == "\ufffd"
+
+
+def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
+    path = tmp_path / "lock"
+
+    def fail_with(number):
+        def fail(*_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("fcntl.flock", fail)
+
+    for number in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+        fail_with(number)
+        with FileLock(path, RuntimeError), FileLock(path, RuntimeError):
+            assert holder(path) is None
+    fail_with(errno.EIO)
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
+    with pytest.raises(OSError, match="Input/output error"), FileLock(path, RuntimeError):
+        pass
+    assert before is None or len(os.listdir("/proc/self/fd")) == before

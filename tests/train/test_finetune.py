@@ -21,6 +21,7 @@ from effkern.train.finetune_demo import FinetunePlan, render, run_finetune_demo
 from effkern.train.log import read_log
 from effkern.train.loop import train
 from effkern.train.restore import load_model, weights_digest
+from effkern.train.runs import read_run
 from tests.train.fixtures import at
 
 TIMES = ("tokens_per_s", "wall_s")
@@ -93,6 +94,7 @@ def test_export_is_the_adapted_model(config, young, dataset):
     tuner = FineTuner(config(lr=1e-2), quiet=True)
     out = tuner.run().out
     loaded = load_model(out / "merged")
+    assert [read_run(folder).status for folder in (out, out / "merged")] == ["finished", "finished"]
     tokens = torch.arange(8)[None]
     with torch.no_grad():
         want = tuner.model.eval()(tokens)
