@@ -95,7 +95,8 @@ def table_html(table: str) -> str:
 STYLE = """
 body{font:14px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#1c2833;background:#fff}
 h1{margin-bottom:0}h2{margin-top:2em;border-bottom:1px solid #d5d8dc;padding-bottom:.2em}
-nav{margin:1em 0;line-height:2;display:flex;flex-wrap:wrap}nav a{margin-right:.9em;color:#1f618d;text-decoration:none;white-space:nowrap}
+nav{margin:1em 0;line-height:2;display:flex;flex-wrap:wrap}
+nav a{margin-right:.9em;color:#1f618d;text-decoration:none;white-space:nowrap}
 .t{overflow-x:auto;margin:.6em 0}details .t{max-height:75vh;overflow-y:auto}
 table{border-collapse:collapse;font-size:12px}td,th{border:1px solid #e5e8e8;padding:2px 8px;text-align:left}
 th{background:#f4f6f7;position:sticky;top:0}td:not(:first-child):not(:last-child){white-space:nowrap}

@@ -55,9 +55,11 @@ def exit_loss(
         ignore_index=ignore, vocab_valid=model.vocab_valid, denom=denom,
     )  # fmt: skip
     counts = targets != ignore
+    # As in the loss: averaged over ranks it may be below 1, and where nothing counts it is 0.
+    divisor = torch.where(denom > 0, denom, 1.0) if isinstance(denom, Tensor) else denom or 1
     ce = result.stats.ce.detach().view_as(log_probs).to(log_probs.dtype)
-    share = counts.sum().to(ce.dtype) / max(1, denom)
+    share = counts.sum().to(ce.dtype) / divisor
     gate = expected_exit_loss(log_probs, ce, model.config.loop.exit_beta, mask=counts) * share
     # The first term holds p_t CE_t already.
-    loss = result.loss + gate - torch.where(counts, probs * ce, 0.0).sum() / max(1, denom)
+    loss = result.loss + gate - torch.where(counts, probs * ce, 0.0).sum() / divisor
     return ExitLoss(loss, ce[-1], result.stats.hit.view_as(log_probs)[-1])
