@@ -117,7 +117,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Growth:
-    """Time of the op against one of its sizes, of `python -m benchmarks scaling`."""
+    """CPU time of the op against one of its sizes, of `python -m benchmarks scaling`."""
 
     op: str
     against: str
@@ -132,10 +132,10 @@ class Growth:
         ]  # fmt: skip
         if len(found) < 2:
             return None
-        points = sorted((line["case"][self.against], MS * (line.get("wall_low") or line["wall"])) for line in found)
+        points = sorted((line["case"][self.against], MS * line["cpu"]) for line in found)
         case = {k: v for k, v in found[0]["case"].items() if k not in ("op", "against", self.against)}
         size = self.name or self.against
-        return Curve(f"Time against {size}", "ms", size, "benchmarks scaling", tuple(points), brief(case), found[0])
+        return Curve(f"CPU time against {size}", "ms", size, "benchmarks scaling", tuple(points), brief(case), found[0])
 
 
 @dataclass(frozen=True)
